@@ -1,0 +1,301 @@
+"""Named tensors of a released adapter -> validated `Adapter`. Foreign names die here.
+
+Format: https://arxiv.org/abs/2408.13509 and the files its released programs write: per-branch LoRA
+on q, k, v, out of every attention site, the interaction of the two branches, optionally the
+background blend and LoRA on the text encoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dualdiff_engine import adapter_files
+from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.settings import BRANCHES
+
+PROJECTIONS = ("q", "k", "v", "out")
+
+# the released names of the interaction's parts, and ours
+_INTERACTION = {"n": "norm", "i": "input", "q": "query", "k": "key", "v": "value", "o": "output"}
+
+_SITE_KEY = re.compile(
+    r"unet\.(?P<site>.+\.attn[12])\.processor\.(?P<chained>chained_proc\.)?(?P<part>.+)"
+)
+_LORA_PART = re.compile(r"to_(q|k|v|out)_lora\.([01])\.(down|up)\.weight")
+_INTERACTION_PART = re.compile(r"temporal_([niqkvo])\.(weight|bias)")
+_MLP_PART = re.compile(r"temporal_condition_mlp\.([01])\.(weight|bias)")
+_TEXT_KEY = re.compile(r"text_encoder\.(?P<layer>.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """down [r, in], up [out, r]; the weight changes by up @ down."""
+
+    down: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = W x + b: weight [out, in], bias [out]; for a norm both are [C]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class BackgroundBlend:
+    """ctx = (1 - amount) h + amount (expand (reduce h_bg)), both affine."""
+
+    reduce: Affine
+    expand: Affine
+    amount: Tensor
+
+
+@dataclass(frozen=True)
+class SiteAdapter:
+    """What an adapter holds for one attention site.
+
+    lora[branch][projection]; interaction by part: norm, input, query, key, value, output.
+    """
+
+    lora: tuple[Mapping[str, LowRank], Mapping[str, LowRank]]
+    interaction: Mapping[str, Affine]
+    background: BackgroundBlend | None
+
+    @property
+    def channels(self) -> int:
+        return self.interaction["norm"].weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A validated adapter: sites by module path in the UNet, text LoRA by module path."""
+
+    sites: Mapping[str, SiteAdapter]
+    text: Mapping[str, Mapping[str, LowRank]]
+    rank: int
+    parameters: int
+    sha256: str = ""
+    source: str = ""
+
+    @property
+    def has_background(self) -> bool:
+        return any(site.background is not None for site in self.sites.values())
+
+
+def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
+    """Read and validate an adapter file or folder. Raises AdapterError."""
+    path = adapter_files.find(source, allow_pickle=allow_pickle)
+    return parse(adapter_files.read(path), source=str(path), sha256=adapter_files.sha256(path))
+
+
+def convert(source: str | Path, target: str | Path) -> Adapter:
+    """Read any adapter, a pickle too, and write it as `.safetensors` under the same names."""
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise AdapterError(f"{str(target)!r} must end in .safetensors")
+    path = adapter_files.find(source, allow_pickle=True)
+    tensors = adapter_files.read(path)
+    parse(tensors, source=str(path))
+    adapter_files.write(target, tensors)
+    return parse(tensors, source=str(target), sha256=adapter_files.sha256(target))
+
+
+def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:
+    """Names -> structure; every site complete, every shape consistent. Raises AdapterError."""
+    site_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    chained: set[str] = set()
+    text_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if (match := _SITE_KEY.fullmatch(name)) and _known_part(match["part"]):
+            if match["part"] in site_parts[match["site"]]:
+                raise AdapterError(f"{name} is there twice, with and without chained_proc: keep one")
+            site_parts[match["site"]][match["part"]] = tensor
+            if match["chained"]:
+                chained.add(match["site"])
+        elif match := _TEXT_KEY.fullmatch(name):
+            text_parts[match["layer"]][name.rpartition("self_attn.")[2]] = tensor
+        else:
+            raise AdapterError(_foreign(name))
+    if not site_parts:
+        raise AdapterError("the file holds no UNet sites: it is not a DualAnoDiff adapter")
+    background = any("temporal_a" in parts for parts in site_parts.values())
+    sites = {
+        site: _site(site, _Parts(f"unet.{site}.processor", site_parts[site]), background)
+        for site in sorted(site_parts)
+    }
+    _check_chained(chained, background)
+    text = {
+        layer: _text_layer(_Parts(f"text_encoder.{layer}", text_parts[layer]))
+        for layer in sorted(text_parts)
+    }
+    _one_rank("text encoder", [p for layer in text.values() for p in layer.values()])
+    return Adapter(
+        sites=sites,
+        text=text,
+        rank=_one_rank("UNet", [p for s in sites.values() for b in s.lora for p in b.values()]),
+        parameters=sum(t.numel() for t in tensors.values()),
+        sha256=sha256,
+        source=source,
+    )
+
+
+def _known_part(part: str) -> bool:
+    patterns = (_LORA_PART, _INTERACTION_PART, _MLP_PART)
+    return part == "temporal_a" or any(p.fullmatch(part) for p in patterns)
+
+
+def _foreign(name: str) -> str:
+    """Why a name is not ours, guessing the family it comes from."""
+    families = {
+        r"lora_(unet|te\d?)_": "a kohya-style LoRA",
+        r".*\.lora_[AB]\.": "a PEFT LoRA",
+        r"text_encoder_2\.": "an SDXL LoRA",
+        r"(unet\.)?.*processor\.to_\w+_lora\.(down|up)\.": "a plain, one-branch diffusers LoRA",
+        r"transformer\.": "a LoRA of a transformer model",
+    }
+    for pattern, family in families.items():
+        if re.match(pattern, name):
+            return f"{name}: this is {family}, not a two-branch DualAnoDiff adapter"
+    return f"{name} is not part of a DualAnoDiff adapter: remove it or retrain"
+
+
+def _check_chained(chained: set[str], background: bool) -> None:
+    for site in sorted(chained):
+        if not background or not site.endswith("attn1"):
+            raise AdapterError(
+                f"unet.{site}.processor.chained_proc: only self-attention of an adapter with "
+                "background has this; background tensors are missing or the name is wrong"
+            )
+
+
+@dataclass
+class _Parts:
+    """The tensors of one module; taking one checks that it is there and shaped as expected."""
+
+    prefix: str
+    tensors: Mapping[str, Tensor]
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        if name not in self.tensors:
+            raise AdapterError(f"{self.prefix}.{name} is missing: the adapter is incomplete")
+        tensor = self.tensors[name]
+        fits = tensor.dim() == len(shape) and all(
+            want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            want = ["any" if n is None else n for n in shape]
+            raise AdapterError(
+                f"{self.prefix}.{name} has shape {list(tensor.shape)}, expected {want}: the file "
+                "is damaged or from another model"
+            )
+        return tensor
+
+    def affine(self, name: str, *shape: int) -> Affine:
+        return Affine(self.take(f"{name}.weight", *shape), self.take(f"{name}.bias", shape[0]))
+
+    def low_rank(self, name: str, out: int | None, inner: int | None) -> LowRank:
+        down = self.take(f"{name}.down.weight", None, inner)
+        return LowRank(down, self.take(f"{name}.up.weight", out, down.shape[0]))
+
+
+def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
+    channels = parts.take("temporal_n.weight", None).shape[0]
+    is_self = name.endswith("attn1")
+    context = channels if is_self else None
+    inner = {"q": channels, "k": context, "v": context, "out": channels}
+    lora = tuple(
+        {p: parts.low_rank(f"to_{p}_lora.{branch}", channels, inner[p]) for p in PROJECTIONS}
+        for branch in range(len(BRANCHES))
+    )
+    widths = {lora[b][p].down.shape[1] for b in range(len(BRANCHES)) for p in ("k", "v")}
+    if len(widths) > 1:
+        raise AdapterError(f"{parts.prefix}: k and v read contexts of different widths {widths}")
+    interaction = {
+        ours: parts.affine(f"temporal_{theirs}", *([channels] * (1 if theirs == "n" else 2)))
+        for theirs, ours in _INTERACTION.items()
+    }
+    blend = None
+    blend_parts = [p for p in parts.tensors if p == "temporal_a" or _MLP_PART.fullmatch(p)]
+    if background and (is_self or blend_parts):
+        # text sites of such adapters carry these too: checked, and unused
+        width = parts.take("temporal_condition_mlp.0.weight", None, channels).shape[0]
+        loaded = BackgroundBlend(
+            reduce=parts.affine("temporal_condition_mlp.0", width, channels),
+            expand=parts.affine("temporal_condition_mlp.1", channels, width),
+            amount=parts.take("temporal_a", 1),
+        )
+        blend = loaded if is_self else None
+    elif blend_parts:
+        raise AdapterError(
+            f"{parts.prefix}.{blend_parts[0]}: a background tensor, but temporal_a is nowhere in the "
+            "file: the adapter is incomplete"
+        )
+    return SiteAdapter((lora[0], lora[1]), interaction, blend)
+
+
+def _text_layer(parts: _Parts) -> Mapping[str, LowRank]:
+    width = parts.take("to_q_lora.down.weight", None, None).shape[1]
+    return {p: parts.low_rank(f"to_{p}_lora", width, width) for p in PROJECTIONS}
+
+
+def _one_rank(where: str, pairs: list[LowRank]) -> int:
+    ranks = {pair.down.shape[0] for pair in pairs}
+    if len(ranks) > 1:
+        raise AdapterError(f"the {where} LoRA mixes ranks {sorted(ranks)}: the file is damaged")
+    return ranks.pop() if ranks else 0
+
+
+def check_fits(
+    adapter: Adapter,
+    sites: Mapping[str, tuple[int, int]],
+    text_layers: Mapping[str, int],
+) -> None:
+    """Refuse an adapter that was trained on another base.
+
+    sites: the base's (channels, context width) by module path. text_layers: hidden width by path.
+    """
+    remedy = "it was trained on another base model: load the base it belongs to"
+    for name, site in adapter.sites.items():
+        if name not in sites:
+            raise AdapterError(f"unet.{name}: the base model has no such site; {remedy}")
+        have = (site.channels, site.lora[0]["k"].down.shape[1])
+        if have != sites[name]:
+            raise AdapterError(
+                f"unet.{name} has (channels, context width) {have}, the base {sites[name]}; {remedy}"
+            )
+    if missing := sorted(set(sites) - set(adapter.sites)):
+        raise AdapterError(f"unet.{missing[0]} is missing: every site of the base needs its part")
+    for layer, pairs in adapter.text.items():
+        if text_layers.get(layer) != pairs["q"].down.shape[1]:
+            raise AdapterError(f"text_encoder.{layer} does not fit the base's text encoder; {remedy}")
+    if adapter.text and (missing := sorted(set(text_layers) - set(adapter.text))):
+        raise AdapterError(f"text_encoder.{missing[0]} is missing: the text LoRA is incomplete")
+
+
+def summary(adapter: Adapter) -> dict[str, object]:
+    """What `dualdiff inspect` shows."""
+    widths = {s.lora[0]["k"].down.shape[1] for n, s in adapter.sites.items() if n.endswith("attn2")}
+    families = {768: "SD-1.x", 1024: "SD-2.x"}
+    blends = {n: s.background for n, s in adapter.sites.items() if s.background is not None}
+    return {
+        "file": adapter.source,
+        "sha256": adapter.sha256,
+        "branches": list(BRANCHES),
+        "rank": adapter.rank,
+        "sites": len(adapter.sites),
+        "background": adapter.has_background,
+        "blend": {name: float(blend.amount.to(torch.float64)) for name, blend in blends.items()},
+        "text_encoder_layers": len(adapter.text),
+        "parameters": adapter.parameters,
+        "context_width": sorted(widths),
+        "base": ", ".join(families.get(w, f"a model with text width {w}") for w in sorted(widths)),
+    }

@@ -1,0 +1,115 @@
+"""The part of a diffusers `unet/config.json` that shapes the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dualdiff_engine.errors import BaseModelError
+
+# anything else in these fields is another family (SDXL, inpainting variants, class-conditional…)
+_REQUIRED: dict[str, tuple[object, ...]] = {
+    "_class_name": ("UNet2DConditionModel", None),
+    "act_fn": ("silu", None),
+    "addition_embed_type": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_embedding_type": ("positional", None),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "resnet_time_scale_shift": ("default", None),
+    "resnet_skip_time_act": (False, None),
+    "resnet_out_scale_factor": (1.0, None),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+    "mid_block_scale_factor": (1, None),
+    "mid_block_only_cross_attention": (None, False),
+    "only_cross_attention": (False, None),
+    "dual_cross_attention": (False, None),
+    "cross_attention_norm": (None,),
+    "attention_type": ("default", None),
+    "center_input_sample": (False, None),
+    "conv_in_kernel": (3, None),
+    "conv_out_kernel": (3, None),
+    "downsample_padding": (1, None),
+    "time_embedding_act_fn": (None,),
+    "dropout": (0.0, None),
+}
+_DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+_UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+
+def _per_level(value: Any, levels: int, name: str) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+    if len(values) != levels or not all(isinstance(v, int) and v > 0 for v in values):
+        raise BaseModelError(f"unet config: {name} = {value!r} does not give {levels} positive levels")
+    return values
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of an SD-1.x or SD-2.x UNet; per-level values go from the finest level down."""
+
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]
+    layers: tuple[int, ...]
+    transformer_layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    down_attention: tuple[bool, ...]
+    up_attention: tuple[bool, ...]
+    context_width: int
+    norm_groups: int
+    norm_eps: float
+    flip_sin_to_cos: bool
+    freq_shift: float
+    linear_projection: bool
+
+    @property
+    def time_width(self) -> int:
+        return 4 * self.channels[0]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
+        """Read a diffusers config. Raises BaseModelError naming the field that is not supported."""
+        for name, allowed in _REQUIRED.items():
+            if config.get(name, allowed[-1]) not in allowed:
+                raise BaseModelError(
+                    f"unet config: {name} = {config[name]!r} is not an SD-1.x or SD-2.x UNet "
+                    f"(expected {allowed[0]!r})"
+                )
+        try:
+            return cls._read(config)
+        except (KeyError, TypeError) as error:
+            raise BaseModelError(f"unet config is incomplete or malformed: {error!r}") from error
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any]) -> UNetConfig:
+        channels = tuple(config["block_out_channels"])
+        levels = len(channels)
+        down, up = config["down_block_types"], config["up_block_types"]
+        unknown = [t for t in down if t not in _DOWN] + [t for t in up if t not in _UP]
+        if unknown or len(down) != levels or len(up) != levels:
+            raise BaseModelError(f"unet config: block types {down} / {up} are not supported")
+        # "attention_head_dim" of these configs counts heads (kept so by diffusers for old files)
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        return cls(
+            in_channels=config.get("in_channels", 4),
+            out_channels=config.get("out_channels", 4),
+            channels=_per_level(list(channels), levels, "block_out_channels"),
+            layers=_per_level(config.get("layers_per_block", 2), levels, "layers_per_block"),
+            transformer_layers=_per_level(
+                config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block"
+            ),
+            heads=_per_level(heads, levels, "attention_head_dim"),
+            down_attention=tuple(_DOWN[t] for t in down),
+            up_attention=tuple(_UP[t] for t in up),
+            context_width=_per_level(config["cross_attention_dim"], 1, "cross_attention_dim")[0],
+            norm_groups=config.get("norm_num_groups", 32),
+            norm_eps=config.get("norm_eps", 1e-5),
+            flip_sin_to_cos=config.get("flip_sin_to_cos", True),
+            freq_shift=config.get("freq_shift", 0),
+            linear_projection=bool(config.get("use_linear_projection", False)),
+        )

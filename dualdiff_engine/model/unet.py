@@ -1,0 +1,155 @@
+"""DualUNet: the coupled two-branch denoiser, top-down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dualdiff_engine.model.blocks import Level, MiddleLevel, Plan, TransformerBlock, norm_silu
+from dualdiff_engine.model.call import Call
+from dualdiff_engine.model.config import UNetConfig
+from dualdiff_engine.ops import Ops
+
+
+class DualUNet(nn.Module):
+    """An SD UNet run as coupled branches over one batch, branch-major and channels-last.
+
+    Built empty on the meta device; `dualdiff_engine.weights` folds what `load` assigns. With
+    `branches=1` it is the plain UNet.
+    """
+
+    def __init__(
+        self, config: UNetConfig, ops: Ops, *, branches: int = 2, background: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.ops, self.branches = config, ops, branches
+        plan = Plan(config, ops, branches, background)
+        channels = config.channels
+        with torch.device("meta"):
+            self.time_linear_1 = nn.Linear(channels[0], config.time_width)
+            self.time_linear_2 = nn.Linear(config.time_width, config.time_width)
+            self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+            skips = self._build_down(plan)
+            self.middle = MiddleLevel(plan)
+            self._build_up(plan, skips)
+            self.norm_out = nn.GroupNorm(config.norm_groups, channels[0], config.norm_eps)
+            self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+            # every resnet's time projection, stacked, with the bias of the conv it joins
+            self.time_table = nn.Linear(config.time_width, sum(plan.time_widths))
+        self.time_widths = plan.time_widths
+        self.transformer_blocks[-1].last = True
+        self.eval().requires_grad_(False)
+
+    def _build_down(self, plan: Plan) -> list[int]:
+        config = self.config
+        skips, inner = [config.channels[0]], config.channels[0]
+        self.down_levels = nn.ModuleList()
+        for level, outer in enumerate(config.channels):
+            deepest = level == len(config.channels) - 1
+            widths = [inner] + [outer] * (config.layers[level] - 1)
+            resample = None if deepest else "down"
+            self.down_levels.append(
+                Level(plan, level, widths, outer, config.down_attention[level], resample)
+            )
+            skips += [outer] * (config.layers[level] + (not deepest))
+            inner = outer
+        return skips
+
+    def _build_up(self, plan: Plan, skips: list[int]) -> None:
+        config = self.config
+        self.up_levels = nn.ModuleList()
+        inner = config.channels[-1]
+        for position, level in enumerate(reversed(range(len(config.channels)))):
+            outer = config.channels[level]
+            widths = []
+            for _ in range(config.layers[level] + 1):
+                widths.append(inner + skips.pop())
+                inner = outer
+            resample = "up" if level > 0 else None
+            self.up_levels.append(
+                Level(plan, level, widths, outer, config.up_attention[position], resample)
+            )
+
+    @property
+    def transformer_blocks(self) -> list[TransformerBlock]:
+        """In order of execution: the position of each is its sites' index."""
+        levels = [*self.down_levels, self.middle, *self.up_levels]
+        return [block for x in levels for a in x.attentions for block in a.transformer_blocks]
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Point parameters and buffers at `tensors`; names not given keep what they have."""
+        wrong = self.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+        if wrong:
+            raise KeyError(f"not part of the network: {wrong[:3]}")
+
+    def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
+        """For every timestep [T], the bias of each resnet's first convolution, [C_out]."""
+        config = self.config
+        embedding = timestep_embedding(
+            timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift
+        ).to(self.time_table.weight.dtype)
+        linear, silu = self.ops.linear, nn.functional.silu
+        hidden = silu(linear(embedding, self.time_linear_1.weight, self.time_linear_1.bias))
+        hidden = silu(linear(hidden, self.time_linear_2.weight, self.time_linear_2.bias))
+        table = linear(hidden, self.time_table.weight, self.time_table.bias)
+        return [row.split(self.time_widths) for row in table]
+
+    def text_projections(self, context: Tensor) -> list[Tensor]:
+        """context [F, R, L, X] -> keys and values of every text site, [F, R, L, 2·C]."""
+        return [block.attn2.project(context) for block in self.transformer_blocks]
+
+    def background_shares(
+        self, latents: Tensor, time_bias: Sequence[Tensor], text: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The background pass: the first branch alone, without exchange.
+
+        latents [R, 4, h, w], noised to the timestep; text as from `text_projections`, of which the
+        first branch is used -> per self site, shares of its keys and values [R, S, 2·C].
+        """
+        rows = latents.shape[0]
+        call = Call(1, rows, 1, time_bias, [kv[:1] for kv in text], record_background=True)
+        self._run(latents, call)
+        return call.recorded
+
+    def forward(
+        self,
+        latents: Tensor,
+        time_bias: Sequence[Tensor],
+        text: Sequence[Tensor],
+        background: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict the noise.
+
+        latents [F, R or 1, B, 4, h, w]: with 1 the guidance rows share their latents, and what is
+        equal in both is computed once. Returns [F, R, B, 4, h, w] in the network's dtype.
+        """
+        branches, _, batch = latents.shape[:3]
+        rows = text[0].shape[1]
+        call = Call(branches, rows, batch, time_bias, text, background)
+        noise = self._run(latents.flatten(0, 2), call)
+        return noise.unflatten(0, (branches, rows, batch))
+
+    def _run(self, latents: Tensor, call: Call) -> Tensor:
+        x = latents.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down_levels:
+            x = level.down(x, skips, call)
+        x = self.middle(x, call)
+        for level in self.up_levels:
+            x = level.up(x, skips, call)
+        return self.conv_out(norm_silu(self.ops, self.norm_out, x)).contiguous()
+
+
+def timestep_embedding(
+    timesteps: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: float
+) -> Tensor:
+    """Sinusoids [T, width] (DDPM, appendix B), in fp32 as the base models were trained with."""
+    half = width // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))[None]
+    parts = [torch.cos(angles), torch.sin(angles)]
+    return torch.cat(parts if flip_sin_to_cos else parts[::-1], dim=-1)

@@ -1,0 +1,107 @@
+"""Every op in plain PyTorch: the definition, the oracle, and what ONNX exports.
+
+Notations: F branches, R guidance rows, B pairs, N = F·R·B rows, S positions, L text tokens,
+C channels, H heads, D = C/H. Inputs are never written to. Other backends take the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+INTERACTION_EPS = 1e-6
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b. input [..., C], weight [D, C], bias [D] -> [..., D]."""
+    return F.linear(input, weight, bias)
+
+
+def branch_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, linear: Linear = linear
+) -> Tensor:
+    """y_f = x_f W_fᵀ + b: one weight per branch, one bias for all.
+
+    input [F, ..., C], weight [F, D, C], bias [D] -> [F, ..., D], in the input's dtype.
+    """
+    if weight.shape[0] == 1:
+        return linear(input, weight[0], bias)
+    out = input.new_empty(*input.shape[:-1], weight.shape[1])
+    for branch in range(weight.shape[0]):
+        out[branch] = linear(input[branch], weight[branch], bias)
+    return out
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v per head, no mask.
+
+    query [N, S, C], key and value [N, L, C]; last dimension contiguous, rows may be strided (views
+    into a packed projection) -> [N, S, C] contiguous. Softmax statistics in fp32.
+    """
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+    return out.transpose(1, 2).flatten(2)
+
+
+def exchange(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    residual: Tensor,
+    eps: float = INTERACTION_EPS,
+    *,
+    linear: Linear = linear,
+) -> Tensor:
+    """The folded interaction of the two branches at every position (model of the paper's SAIM).
+
+    With x̂_f = (x_f - mean) / sqrt(var + eps) over C and d = x̂_0 - x̂_1:
+
+        gate_f = sigmoid(x̂_f · (M d) + m · d)
+        y_f = residual_f + x_f + V (x̂_1 + gate_f d) + v
+
+    input and residual [2, M, C]; M = gate_weight [C, C], m = gate_bias [C]; V = value_weight
+    [C, C], v = value_bias [C] -> [2, M, C]. Statistics, score and gate in fp32.
+    """
+    channels = input.shape[-1]
+    normed = F.layer_norm(input, (channels,), eps=eps)
+    difference = normed[0] - normed[1]
+    projected = linear(difference, gate_weight, None)
+    # m·d rides on the same pass over d as a matrix-vector product
+    shared = torch.mv(difference.float(), gate_bias.float())
+    scores = (normed.float() * projected).sum(-1) + shared
+    gate = torch.sigmoid(scores).unsqueeze(-1).to(input.dtype)
+    mixed = torch.addcmul(normed[1], gate, difference)
+    out = linear(mixed, value_weight, value_bias)
+    return out.add_(input).add_(residual)
+
+
+def group_norm_silu(
+    input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """silu(group_norm(x)). input [N, C, h, w] channels-last -> the same; statistics in fp32."""
+    return F.silu(F.group_norm(input, num_groups, weight, bias, eps), inplace=True)
+
+
+def geglu(input: Tensor, weight: Tensor, bias: Tensor, *, linear: Linear = linear) -> Tensor:
+    """a · gelu(b), (a, b) = halves of x Wᵀ + bias, with the exact (erf) GELU.
+
+    input [..., C], weight [2·I, C], bias [2·I] -> [..., I].
+    """
+    value, gate = linear(input, weight, bias).chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
+
+
+def guided_step(noise: Tensor, guidance: float) -> Tensor:
+    """u + s (c - u). noise [F, 2, B, ...], rows (uncond, cond) -> [F, B, ...] in fp32."""
+    uncond, cond = noise.float().unbind(1)
+    return torch.add(uncond, cond - uncond, alpha=guidance)
