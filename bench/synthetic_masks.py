@@ -21,8 +21,11 @@ SIZES = (512, 256)
 # shapes are drawn this many times larger and averaged down, which gives exact antialiased edges
 SUPERSAMPLING = 4
 
+# [size, size] in [0, 1]: the part of each pixel that a defect covers
 Coverage = NDArray[np.float32]
+# [size, size, 3] in grey levels, RGB
 Paint = NDArray[np.float32]
+Row = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class Sample:
     mask: NDArray[np.uint8]
 
 
-def _smooth_field(rng: np.random.Generator, size: int, scale: float) -> Coverage:
+def _smooth_field(rng: np.random.Generator, size: int, scale: float) -> NDArray[np.float32]:
     """Gaussian random field, float32 [size, size]: mean 0, deviation 1, details of `scale` px."""
-    field = cv2.GaussianBlur(rng.standard_normal((size, size)).astype(np.float32), (0, 0), scale)
-    return (field - field.mean()) / field.std()
+    field = cv2.GaussianBlur(rng.standard_normal((size, size)), (0, 0), scale)
+    return ((field - field.mean()) / field.std()).astype(np.float32)
 
 
 def _draw(size: int, points: NDArray[np.float64], width: float | None = None) -> Coverage:
@@ -53,7 +56,7 @@ def _draw(size: int, points: NDArray[np.float64], width: float | None = None) ->
     else:
         cv2.polylines(canvas, [corners], False, 255, round(width * SUPERSAMPLING))
     small = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
-    return small.astype(np.float32) / 255
+    return (small / 255).astype(np.float32)
 
 
 def _blob(
@@ -78,8 +81,9 @@ def _small_blob(rng: np.random.Generator, size: int) -> Coverage:
 
 
 def _border_blob(rng: np.random.Generator, size: int) -> Coverage:
-    across, along = rng.choice([0.0, 1.0]) + rng.uniform(-0.03, 0.03), rng.uniform(0.2, 0.8)
-    return _blob(rng, size, (0.08, 0.22), (across, along) if rng.random() < 0.5 else (along, across))
+    across, along = rng.integers(2) + rng.uniform(-0.03, 0.03), rng.uniform(0.2, 0.8)
+    centre = (across, along) if rng.random() < 0.5 else (along, across)
+    return _blob(rng, size, (0.08, 0.22), centre)
 
 
 def _scratch(rng: np.random.Generator, size: int) -> Coverage:
@@ -92,9 +96,10 @@ def _scratch(rng: np.random.Generator, size: int) -> Coverage:
 
 def _grey_paint(rng: np.random.Generator, size: int, low: float, high: float) -> Paint:
     """A slightly tinted and shaded surface whose mean brightness lies in [low, high]."""
-    tint = rng.uniform(0.85, 1.0, 3).astype(np.float32)
+    tint = rng.uniform(0.85, 1.0, 3)
     shade = 1 + 0.12 * _smooth_field(rng, size, size / 10) + 0.04 * _smooth_field(rng, size, 1.5)
-    return rng.uniform(low, high) * shade[..., None] * tint / tint.mean()
+    paint = rng.uniform(low, high) * shade[..., None] * tint / tint.mean()
+    return paint.astype(np.float32)
 
 
 def _normal_paint(rng: np.random.Generator, size: int) -> Paint:
@@ -117,8 +122,8 @@ def _textured_paint(rng: np.random.Generator, size: int) -> Paint:
     spots = np.zeros((size, size), np.uint8)
     for centre in rng.integers(0, size, (size * size // 1500, 2)):
         cv2.circle(spots, centre.tolist(), int(rng.integers(1, 4)), 255, -1, cv2.LINE_AA)
-    paint = _grey_paint(rng, size, 90, 220) * np.clip(texture, 0.3, None)[..., None]
-    return paint * (1 - 0.92 * spots[..., None].astype(np.float32) / 255)
+    surface = np.clip(texture, 0.3, None) * (1 - 0.92 * spots / 255)
+    return _grey_paint(rng, size, 90, 220) * surface[..., None].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -146,18 +151,17 @@ FAMILIES = {
 
 def _degrade(rng: np.random.Generator, clean: Paint, noise: float) -> NDArray[np.uint8]:
     """The decoder's softness and ringing, its blotches, grey or coloured noise; half are JPEG."""
-    soft = cv2.GaussianBlur(clean, (0, 0), rng.uniform(0.3, 0.8))
-    soft += rng.uniform(0, 0.25) * (soft - cv2.GaussianBlur(soft, (0, 0), 2.0))
     size = clean.shape[0]
-    soft += rng.uniform(0, 0.4) * noise * _smooth_field(rng, size, 3.0)[..., None]
-    channels = rng.choice([1, 3])
-    soft += rng.normal(0, noise, (size, size, channels)).astype(np.float32)
-    picture = np.clip(np.rint(soft), 0, 255).astype(np.uint8)
+    soft = cv2.GaussianBlur(clean, (0, 0), rng.uniform(0.3, 0.8))
+    ringing = rng.uniform(0, 0.25) * (soft - cv2.GaussianBlur(soft, (0, 0), 2.0))
+    blotches = rng.uniform(0, 0.4) * noise * _smooth_field(rng, size, 3.0)[..., None]
+    grain = rng.normal(0, noise, (size, size, rng.choice([1, 3])))
+    picture = np.clip(np.rint(soft + ringing + blotches + grain), 0, 255).astype(np.uint8)
     if rng.random() < 0.5:
-        quality = int(rng.integers(80, 99))
-        _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-        picture = cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
-    return np.ascontiguousarray(picture)
+        return picture
+    quality = int(rng.integers(80, 99))
+    _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB), np.uint8)
 
 
 def make_sample(family: str, size: int, seed: int, index: int = 0) -> Sample:
@@ -190,7 +194,7 @@ def intersection_over_union(mask: NDArray[np.uint8], truth: NDArray[np.uint8]) -
     return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
-def score(count_per_family: int, seed: int) -> list[dict[str, str | int | float]]:
+def score(count_per_family: int, seed: int) -> list[Row]:
     """Score `extract_mask` on every family at every size.
 
     Args:
@@ -201,7 +205,7 @@ def score(count_per_family: int, seed: int) -> list[dict[str, str | int | float]
         One row per family and size: family, size, n, mean_iou, p10_iou (10th percentile) and
         empty (number of samples whose defect was missed altogether).
     """
-    rows: list[dict[str, str | int | float]] = []
+    rows: list[Row] = []
     for family in FAMILIES:
         for size in SIZES:
             overlaps, empty = [], 0
@@ -210,14 +214,11 @@ def score(count_per_family: int, seed: int) -> list[dict[str, str | int | float]
                 result = extract_mask(sample.picture)
                 overlaps.append(intersection_over_union(result.mask, sample.mask))
                 empty += result.empty
-            rows.append({
-                "family": family,
-                "size": size,
-                "n": count_per_family,
-                "mean_iou": float(np.mean(overlaps)),
-                "p10_iou": float(np.percentile(overlaps, 10)),
-                "empty": empty,
-            })
+            row: Row = {"family": family, "size": size, "n": count_per_family}
+            row["mean_iou"] = float(np.mean(overlaps))
+            row["p10_iou"] = float(np.percentile(overlaps, 10))
+            row["empty"] = empty
+            rows.append(row)
     return rows
 
 
@@ -232,7 +233,7 @@ def main() -> None:
     total = float(np.mean([row["mean_iou"] for row in rows]))
     print(f"{'family':14}{'size':>5}{'n':>5}{'mean IoU':>10}{'p10 IoU':>9}{'empty':>7}")
     for row in rows:
-        print("{family:14}{size:5}{n:5}{mean_iou:10.4f}{p10_iou:9.4f}{empty:7}".format(**row))
+        print("{family:14}{size:5}{n:5}{mean_iou:10.4f}{p10_iou:9.4f}{empty:7}".format_map(row))
     print(f"total mean IoU {total:.4f}")
     if arguments.output_json:
         report = {"seed": arguments.seed, "total_mean_iou": total, "rows": rows}

@@ -74,7 +74,9 @@ def read(path: Path) -> dict[str, Tensor]:
     if size == 0:
         raise AdapterError(f"{path.name} is empty: copy it again")
     if size > MAX_FILE_BYTES:
-        raise AdapterError(f"{path.name} has {size:,} bytes; an adapter has {MAX_FILE_BYTES:,} at most")
+        raise AdapterError(
+            f"{path.name} has {size:,} bytes; an adapter has {MAX_FILE_BYTES:,} at most"
+        )
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not tensors:
         raise AdapterError(f"{path.name} holds no tensors")
@@ -125,11 +127,15 @@ def _check_header(path: Path) -> None:
         entries = {str(k): v for k, v in header.items() if k != "__metadata__"}
         shapes = {k: (v["dtype"], v["shape"], v["data_offsets"]) for k, v in entries.items()}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{path.name} has no readable safetensors header: copy it again") from error
+        raise AdapterError(
+            f"{path.name} has no readable safetensors header: copy it again"
+        ) from error
     _check_names(path, list(shapes))
     for name, (dtype, shape, offsets) in shapes.items():
         if dtype not in FLOAT_DTYPES:
-            raise AdapterError(f"{path.name}: {name} is {dtype!r}; adapters hold floating point only")
+            raise AdapterError(
+                f"{path.name}: {name} is {dtype!r}; adapters hold floating point only"
+            )
         plausible = isinstance(shape, list) and all(
             isinstance(n, int) and 0 < n <= size for n in shape
         )
@@ -149,7 +155,9 @@ def _check_header(path: Path) -> None:
 
 def _check_names(path: Path, names: list[str]) -> None:
     if len(names) > MAX_TENSORS:
-        raise AdapterError(f"{path.name} holds {len(names):,} tensors; an adapter has {MAX_TENSORS} at most")
+        raise AdapterError(
+            f"{path.name} holds {len(names):,} tensors; an adapter has {MAX_TENSORS} at most"
+        )
     for name in names:
         if len(name) > MAX_NAME or not re.fullmatch(r"[\w.\-]+", name, re.ASCII):
             raise AdapterError(f"{path.name} holds a tensor with an unusable name: {name[:80]!r}")
@@ -160,7 +168,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise AdapterError(f"{path.name} is not a sound safetensors file ({error}): copy it again") from error
+        raise AdapterError(
+            f"{path.name} is not a sound safetensors file ({error}): copy it again"
+        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -183,7 +193,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path.name} holds more than tensors and was not opened: ask its author for .safetensors"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path.name} is damaged ({type(error).__name__}): copy it again") from error
+        raise AdapterError(
+            f"{path.name} is damaged ({type(error).__name__}): copy it again"
+        ) from error
     return _plain_tensors(path, content)
 
 
@@ -196,9 +208,13 @@ def _plain_tensors(path: Path, content: object) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise AdapterError(f"{path.name}: {name} is not a plain tensor")
         if tensor.dtype not in FLOATS or tensor.numel() == 0:
-            raise AdapterError(f"{path.name}: {name} is {tensor.dtype}, {tuple(tensor.shape)}; expected floating point")
+            raise AdapterError(
+                f"{path.name}: {name} is {tensor.dtype}, {tuple(tensor.shape)}; expected floating point"
+            )
         total += tensor.numel() * tensor.element_size()
     # expanded views claim gigabytes that the file does not hold
     if total > path.stat().st_size:
-        raise AdapterError(f"{path.name} claims {total:,} bytes of tensors in a smaller file: refused")
+        raise AdapterError(
+            f"{path.name} claims {total:,} bytes of tensors in a smaller file: refused"
+        )
     return {name: tensor.detach() for name, tensor in content.items()}

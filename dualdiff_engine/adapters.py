@@ -31,7 +31,9 @@ _SITE_KEY = re.compile(
 _LORA_PART = re.compile(r"to_(q|k|v|out)_lora\.([01])\.(down|up)\.weight")
 _INTERACTION_PART = re.compile(r"temporal_([niqkvo])\.(weight|bias)")
 _MLP_PART = re.compile(r"temporal_condition_mlp\.([01])\.(weight|bias)")
-_TEXT_KEY = re.compile(r"text_encoder\.(?P<layer>.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+_TEXT_KEY = re.compile(
+    r"text_encoder\.(?P<layer>.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
     for name, tensor in tensors.items():
         if (match := _SITE_KEY.fullmatch(name)) and _known_part(match["part"]):
             if match["part"] in site_parts[match["site"]]:
-                raise AdapterError(f"{name} is there twice, with and without chained_proc: keep one")
+                raise AdapterError(
+                    f"{name} is there twice, with and without chained_proc: keep one"
+                )
             site_parts[match["site"]][match["part"]] = tensor
             if match["chained"]:
                 chained.add(match["site"])
@@ -276,7 +280,9 @@ def check_fits(
         raise AdapterError(f"unet.{missing[0]} is missing: every site of the base needs its part")
     for layer, pairs in adapter.text.items():
         if text_layers.get(layer) != pairs["q"].down.shape[1]:
-            raise AdapterError(f"text_encoder.{layer} does not fit the base's text encoder; {remedy}")
+            raise AdapterError(
+                f"text_encoder.{layer} does not fit the base's text encoder; {remedy}"
+            )
     if adapter.text and (missing := sorted(set(text_layers) - set(adapter.text))):
         raise AdapterError(f"text_encoder.{missing[0]} is missing: the text LoRA is incomplete")
 

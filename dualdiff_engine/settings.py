@@ -91,10 +91,6 @@ class Sampling:
         """Guidance rows per pair: 2 (uncond, cond) or 1."""
         return 2 if self.guided else 1
 
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        return self.height // 8, self.width // 8
-
 
 @dataclass(frozen=True)
 class Background:

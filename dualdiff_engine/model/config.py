@@ -44,7 +44,9 @@ _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 def _per_level(value: Any, levels: int, name: str) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
     if len(values) != levels or not all(isinstance(v, int) and v > 0 for v in values):
-        raise BaseModelError(f"unet config: {name} = {value!r} does not give {levels} positive levels")
+        raise BaseModelError(
+            f"unet config: {name} = {value!r} does not give {levels} positive levels"
+        )
     return values
 
 
@@ -101,7 +103,9 @@ class UNetConfig:
             channels=_per_level(list(channels), levels, "block_out_channels"),
             layers=_per_level(config.get("layers_per_block", 2), levels, "layers_per_block"),
             transformer_layers=_per_level(
-                config.get("transformer_layers_per_block", 1), levels, "transformer_layers_per_block"
+                config.get("transformer_layers_per_block", 1),
+                levels,
+                "transformer_layers_per_block",
             ),
             heads=_per_level(heads, levels, "attention_head_dim"),
             down_attention=tuple(_DOWN[t] for t in down),

@@ -1,0 +1,34 @@
+# Verbs of the project. `bench` and `test` make their own environments.
+PYTHON ?= python3
+RUN := .venv/bin
+TEST := .venv-test/bin
+
+.PHONY: bench test lint types clean
+
+bench: .venv/ready
+	$(RUN)/dualdiff-bench --batch 32
+
+test: .venv-test/ready
+	$(TEST)/python -m pytest
+
+lint: .venv-test/ready
+	$(TEST)/ruff check .
+	$(TEST)/ruff format --check .
+
+types: .venv-test/ready
+	$(TEST)/mypy
+
+.venv/ready: bench/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(RUN)/python -m pip install --quiet -r bench/requirements.txt
+	$(RUN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+.venv-test/ready: tests/requirements.txt bench/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-test
+	$(TEST)/python -m pip install --quiet -r tests/requirements.txt
+	$(TEST)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-test build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks; installed as `dualdiff_engine.bench`."""

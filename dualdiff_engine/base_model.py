@@ -1,0 +1,199 @@
+"""The Stable Diffusion base model: found, checked, and read as late as possible.
+
+Text encoder, VAE, tokenizer and scheduler are transformers' and diffusers'. The UNet's tensors stay
+in their file until the weights module asks for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dualdiff_engine.errors import BaseModelError, SettingsError
+from dualdiff_engine.model.config import UNetConfig
+
+_WEIGHTS = "diffusion_pytorch_model"
+_HUB_FILES = [
+    "model_index.json",
+    "*/*.json",
+    "tokenizer/*",
+    f"unet/{_WEIGHTS}.safetensors",
+    f"vae/{_WEIGHTS}.safetensors",
+    "text_encoder/model.safetensors",
+]
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when asked for and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                self._names = dict.fromkeys(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise BaseModelError(f"{path} is not a sound safetensors file ({error})") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise BaseModelError(f"{self.path} lacks {name}: the base model is incomplete")
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class BaseModel:
+    """A diffusers Stable Diffusion folder (or hub id). Raises BaseModelError naming what lacks."""
+
+    def __init__(
+        self, source: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    ) -> None:
+        self.source = str(source)
+        self.folder = _folder(source, revision, local_files_only)
+        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            if not (self.folder / part).is_dir():
+                raise BaseModelError(
+                    f"{self.folder} has no {part}/: expected a diffusers SD folder"
+                )
+        self.unet_config = UNetConfig.from_dict(_json(self.folder / "unet" / "config.json"))
+        if (self.unet_config.in_channels, self.unet_config.out_channels) != (4, 4):
+            raise BaseModelError(
+                f"the UNet maps {self.unet_config.in_channels} to {self.unet_config.out_channels} "
+                "channels; expected 4 to 4 (inpainting models are not supported)"
+            )
+        self.sample_size = int(_json(self.folder / "unet" / "config.json").get("sample_size", 64))
+        self.unet = TensorFile(_weights_file(self.folder / "unet", _WEIGHTS))
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The base model's own diffusers scheduler; never stepped, only configured from."""
+        import diffusers
+
+        config = _json(self.folder / "scheduler" / "scheduler_config.json")
+        scheduler = getattr(diffusers, str(config.get("_class_name")), None)
+        if scheduler is None or not hasattr(scheduler, "from_config"):
+            raise BaseModelError(
+                f"{self.folder}/scheduler: no scheduler {config.get('_class_name')!r}"
+            )
+        return scheduler.from_config(config)
+
+    def make_scheduler(self, name: str | None) -> Any:
+        """A fresh scheduler by class name, configured like the base's own. Raises SettingsError."""
+        kinds = {kind.__name__: kind for kind in self.scheduler.compatibles}
+        kinds[type(self.scheduler).__name__] = type(self.scheduler)
+        kind = kinds.get(name or type(self.scheduler).__name__)
+        if kind is None:
+            raise SettingsError(
+                f"no scheduler {name!r}; the base model takes {', '.join(sorted(kinds))}"
+            )
+        try:
+            return kind.from_config(self.scheduler.config)
+        except ImportError as error:
+            raise SettingsError(f"scheduler {name!r} needs another package: {error}") from error
+
+    def noiser(self) -> Any:
+        """DDPM on the base's noise schedule, for `add_noise`."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.scheduler.config)
+
+    def load_text(self) -> tuple[Any, Any]:
+        """(tokenizer, text encoder in fp32)."""
+        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        _weights_file(self.folder / "text_encoder", "model")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+            encoder = CLIPTextModel.from_pretrained(
+                self.folder / "text_encoder", dtype=torch.float32, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise BaseModelError(f"{self.folder}/text_encoder or tokenizer: {error}") from error
+        return tokenizer, encoder.eval().requires_grad_(False)
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> Any:
+        from diffusers import AutoencoderKL
+
+        _weights_file(self.folder / "vae", _WEIGHTS)
+        try:
+            vae = AutoencoderKL.from_pretrained(
+                self.folder / "vae",
+                torch_dtype=dtype,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise BaseModelError(f"{self.folder}/vae: {error}") from error
+        vae = vae.to(device, memory_format=torch.channels_last)
+        return vae.eval().requires_grad_(False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """One hash of every weight and config that shapes a picture."""
+        digest = hashlib.sha256()
+        patterns = ("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*")
+        for path in sorted(p for pattern in patterns for p in self.folder.glob(pattern)):
+            if path.suffix in (".json", ".safetensors", ".txt"):
+                with path.open("rb") as file:
+                    part = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(f"{path.relative_to(self.folder).as_posix()} {part}\n".encode())
+        return digest.hexdigest()
+
+
+def _folder(source: str | Path, revision: str | None, local_files_only: bool) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    name = str(source)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BaseModelError(f"no base model at {name!r}: pass a diffusers folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                local_files_only=local_files_only,
+            )
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BaseModelError(
+            f"no folder {name!r} here, and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _weights_file(folder: Path, stem: str) -> Path:
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    raise BaseModelError(
+        f"{folder} has no {stem}.safetensors; pickled base weights are not read: save the model "
+        "with safe_serialization=True"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise BaseModelError(f"{path} is not a JSON object")
+    return content

@@ -1,0 +1,451 @@
+"""The engine: a base model, resident adapters, and pairs out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dualdiff_engine import adapters, memory, request, weights
+from dualdiff_engine import background as backgrounds
+from dualdiff_engine.background import BackgroundBank
+from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.errors import BaseModelError, OutOfMemory, SettingsError
+from dualdiff_engine.masks import MaskResult, Segmenter, extract_mask
+from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.ops import Ops, bind
+from dualdiff_engine.pair import Pair, check_output_type, present, present_mask, to_uint8
+from dualdiff_engine.recipe import describe
+from dualdiff_engine.sampler import denoise, draw_latents
+from dualdiff_engine.settings import Background, Prompts, Sampling
+from dualdiff_engine.text import TextEncoder
+
+# diffusers' convention: (engine, step, timestep, {"latents": [B, 2, 4, h, w]}) -> the same dict
+StepCallback = Callable[["Engine", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """A folded adapter, ready to be pointed at."""
+
+    summary: Mapping[str, Any]
+    sites: dict[str, Tensor]
+    text: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked request: what its batches share."""
+
+    seeds: tuple[int, ...]
+    batch: int
+    sampling: Sampling
+    text: list[Tensor]
+    bank: BackgroundBank | None
+    latents: Tensor | None
+    segment: Callable[[Any], MaskResult]
+    output_type: str
+    callback: StepCallback | None
+    progress: bool
+    recipe: dict[str, Any]
+
+
+class Engine:
+    """Draws pairs of one base model with one of its resident adapters.
+
+    Build with `Engine.from_pretrained`; use as a context manager, or `close` it. Not thread-safe,
+    except for `interrupt`.
+    """
+
+    def __init__(
+        self, base: BaseModel, ops: Ops, device: torch.device, dtype: torch.dtype, max_batch: int
+    ) -> None:
+        self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
+        self.max_batch = max_batch
+        self.text_encoder = TextEncoder(*base.load_text())
+        # half precision overflows in this VAE's decoder
+        self.vae = base.load_vae(device, torch.float32 if dtype == torch.float16 else dtype)
+        self.unet = DualUNet(base.unet_config, ops, background=True)
+        self._load(weights.fold_network(base.unet, device, dtype))
+        self._residents: dict[str, _Resident] = {}
+        self._active: str | None = None
+        self._interrupted = False
+        self._bank: tuple[object, BackgroundBank] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        max_batch: int | None = None,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Engine:
+        """Load a base model and, if given, an adapter.
+
+        base: a diffusers Stable Diffusion folder or a hub id. adapter: see `load_adapter`. dtype:
+        float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
+        or a name that `dualdiff doctor` lists. max_batch: most pairs computed at once, by default 4
+        on a CPU and 32 on a GPU.
+        Raises BaseModelError, AdapterError, BackendError, SettingsError.
+        """
+        device = request.device_of(device)
+        dtype = request.dtype_of(dtype, device)
+        if max_batch is None:
+            max_batch = 32 if device.type == "cuda" else 4
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise SettingsError(f"max_batch must be a positive whole number, got {max_batch!r}")
+        ops = bind(backend, device=device, dtype=dtype)
+        # the small file first: a wrong adapter is refused before gigabytes are read
+        loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
+        model = BaseModel(base, revision=revision, local_files_only=local_files_only)
+        if device.type == "cpu":
+            memory.keep_freed_blocks()
+        with torch.inference_mode():
+            engine = cls(model, ops, device, dtype, max_batch)
+            if loaded is not None:
+                engine._keep_adapter(loaded, Path(str(adapter)).stem)
+        return engine
+
+    def load_adapter(
+        self, source: str | Path, name: str | None = None, *, allow_pickle: bool = False
+    ) -> str:
+        """Read, check and fold an adapter, keep it resident and make it the active one.
+
+        source: a `.safetensors` file, an adapter folder or a `checkpoint-N` folder. name: how to
+        refer to it, by default the file's or folder's. Returns the name. Raises AdapterError.
+        """
+        loaded = adapters.load(source, allow_pickle=allow_pickle)
+        name = name or Path(source).stem
+        self._keep_adapter(loaded, name)
+        return name
+
+    @torch.inference_mode()
+    def _keep_adapter(self, adapter: adapters.Adapter, name: str) -> None:
+        adapters.check_fits(adapter, self._site_shapes(), self.text_encoder.layers)
+        sites = weights.fold_sites(self.base.unet, adapter.sites, self.device, self.dtype)
+        text = self.text_encoder.fold(adapter.text)
+        self._residents[name] = _Resident(adapters.summary(adapter), sites, text)
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str) -> None:
+        """Make a resident adapter the active one: tensors are pointed at, nothing is computed."""
+        if name not in self._residents:
+            known = ", ".join(self._residents) or "none"
+            raise SettingsError(f"no adapter {name!r} is loaded (loaded: {known})")
+        self._load(self._residents[name].sites)
+        self._active, self._bank = name, None
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a resident adapter; if it is active, set another before generating."""
+        if self._residents.pop(name, None) is None:
+            raise SettingsError(f"no adapter {name!r} is loaded")
+        if self._active == name:
+            self._active, self._bank = None, None
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the resident adapters."""
+        return list(self._residents)
+
+    @property
+    def active_adapter(self) -> str | None:
+        return self._active
+
+    def generate(self, n: int | None = None, **options: Any) -> list[Pair]:
+        """All pairs of `stream(n, **options)`, in order; after `interrupt`, those finished."""
+        return list(self.stream(n, **options))
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        n: int | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        batch: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        scheduler: str | None = None,
+        size: int | tuple[int, int] | None = None,
+        prompts: Prompts | tuple[str, str] | None = None,
+        background: Background | None = None,
+        latents: Tensor | None = None,
+        background_latents: Tensor | None = None,
+        background_noise: Tensor | None = None,
+        segmenter: str | Path | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        progress: bool = False,
+    ) -> Iterator[Pair]:
+        """Draw pairs, handing each out as soon as its batch is done.
+
+        n: how many, with fresh seeds; or seeds: one per pair. A pair depends on its own seed, not
+        on its batch. batch: pairs computed at once. steps, guidance, scheduler, size (pixels, one
+        number or height and width): see `Sampling`; by default the released 100 steps at 2.5, or 50
+        at 2.0 with a background, in the base model's own size. latents [n, 2, 4, h, w],
+        background_latents [2, 4, h, w] (uncond, cond) and background_noise [calls, 2, 4, h, w]
+        replace the draws. segmenter: an ONNX file that makes the masks. callback_on_step_end(engine,
+        step, timestep, {"latents": [B, 2, 4, h, w]}) as in diffusers. Everything is checked before
+        anything is computed. Raises SettingsError, SegmenterError, OutOfMemory.
+        """
+        resident = self._require_adapter()
+        with_background = background is not None or background_latents is not None
+        self._check_background(resident, with_background, background_noise)
+        height, width = request.size_of(size, self.base.sample_size * self._pixels_per_latent)
+        sampling = Sampling(
+            steps=steps if steps is not None else (50 if with_background else 100),
+            guidance=guidance if guidance is not None else (2.0 if with_background else 2.5),
+            scheduler=scheduler or type(self.base.scheduler).__name__,
+            height=height,
+            width=width,
+        )
+        h, w = self._latent_size(sampling)
+        if latents is not None:
+            latents = request.tensor_of("latents", latents, ("n", 2, 4, h, w))
+        chosen = request.seeds_of(n, seeds, None if latents is None else len(latents))
+        batch = request.batch_of(batch, self.max_batch, len(chosen))
+        check_output_type(output_type)
+        segment = Segmenter(segmenter) if segmenter else extract_mask
+        spoken = Prompts.of(prompts)
+        calls = len(self._scheduler(sampling).timesteps)
+        # everything above is cheap; from here on, networks run
+        context = self.encode_prompts(spoken)[:, -sampling.rows :]
+        text = self.unet.text_projections(context.to(self.device, self.dtype))
+        bank, described = self._background_bank(
+            sampling, spoken, calls, background, background_latents, background_noise
+        )
+        recipe = describe(self, resident.summary, sampling, spoken, described)
+        recipe["given"] = [] if latents is None else ["latents"]
+        recipe["segmenter"] = str(segmenter) if segmenter else None
+        self._interrupted = False
+        job = _Job(
+            chosen, batch, sampling, text, bank, latents, segment, output_type,
+            callback_on_step_end, progress, recipe,
+        )  # fmt: skip
+        return self._pairs(job)
+
+    def interrupt(self) -> None:
+        """Stop the running `generate` or `stream` after its current step; finished pairs stay."""
+        self._interrupted = True
+
+    def close(self) -> None:
+        """Drop every weight."""
+        self._residents.clear()
+        self._active, self._bank = None, None
+        self.unet.to("meta")
+        self.vae.to("meta")
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Prompts | tuple[str, str] | None = None) -> Tensor:
+        """Embeddings [2 branches, 2 rows (negative, prompt), L, X] fp32, with the active adapter."""
+        text = self._residents[self._active].text if self._active else {}
+        return self.text_encoder.encode_pair(Prompts.of(prompts), text)
+
+    @torch.inference_mode()
+    def predict_noise(
+        self,
+        latents: Tensor,
+        timestep: float,
+        context: Tensor,
+        background_latents: Tensor | None = None,
+    ) -> Tensor:
+        """One denoiser call.
+
+        latents [2 branches, R or 1, B, 4, h, w]; context [2, R, L, X]; background_latents
+        [R, 4, h, w], already noised to the timestep -> noise [2, R, B, 4, h, w] in the engine's
+        dtype.
+        """
+        self._require_adapter()
+        bias = self.unet.time_bias(torch.tensor([float(timestep)], device=self.device))[0]
+        text = self.unet.text_projections(context.to(self.device, self.dtype))
+        shares = None
+        if background_latents is not None:
+            shares = self.unet.background_shares(background_latents.to(self.device), bias, text)
+        return self.unet(latents.to(self.device), bias, text, shares)
+
+    # -----------------------------------------------------------------------------------------
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.unet.load(tensors)
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise BaseModelError(f"unet weights do not match unet/config.json: {reason}") from error
+
+    def _site_shapes(self) -> dict[str, tuple[int, int]]:
+        """(channels, context width) of every site, by diffusers' module path."""
+        width = self.base.unet_config.context_width
+        shapes = {}
+        for name, module in self.unet.named_modules():
+            if name.endswith((".attn1", ".attn2")):
+                context = module.channels if name.endswith("attn1") else width
+                shapes[weights.diffusers_name(name)] = (module.channels, context)
+        return shapes
+
+    def _require_adapter(self) -> _Resident:
+        if self._active is None:
+            raise SettingsError("no adapter is active: call load_adapter or set_adapter first")
+        return self._residents[self._active]
+
+    @property
+    def _pixels_per_latent(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _latent_size(self, sampling: Sampling) -> tuple[int, int]:
+        step = self._pixels_per_latent
+        if sampling.height % step or sampling.width % step:
+            raise SettingsError(f"height and width must be multiples of {step} for this VAE")
+        return sampling.height // step, sampling.width // step
+
+    def _scheduler(self, sampling: Sampling) -> Any:
+        scheduler = self.base.make_scheduler(sampling.scheduler)
+        scheduler.set_timesteps(sampling.steps, device=self.device)
+        return scheduler
+
+    def _check_background(self, resident: _Resident, given: bool, noise: Tensor | None) -> None:
+        trained = bool(resident.summary["background"])
+        if given and not trained:
+            raise SettingsError(
+                f"adapter {self._active!r} was trained without background: leave it out"
+            )
+        if trained and not given:
+            raise SettingsError(
+                f"adapter {self._active!r} was trained with background: pass background=Background(…)"
+            )
+        if noise is not None and not given:
+            raise SettingsError("background_noise needs a background")
+
+    def _background_bank(
+        self,
+        sampling: Sampling,
+        prompts: Prompts,
+        calls: int,
+        background: Background | None,
+        latents: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[BackgroundBank | None, dict[str, Any] | None]:
+        """The bank of a job, the last one again if nothing it depends on changed; and its record."""
+        if background is None and latents is None:
+            return None, None
+        shape = (2, 4, *self._latent_size(sampling))
+        mode = background.noise if background else "fresh"
+        seed = background.noise_seed if background else 0
+        record: dict[str, Any] = {"noise": mode, "noise_seed": seed, "picture_sha256": None}
+        if noise is not None:
+            noise = request.tensor_of("background_noise", noise, (calls, *shape))
+            record["noise"] = "given"
+        if latents is not None:
+            latents = request.tensor_of("background_latents", latents, shape)
+        else:
+            assert background is not None
+            pixels = backgrounds.cut_out(background, sampling.height, sampling.width)
+            record["picture_sha256"] = backgrounds.digest(pixels)
+            key = (record["picture_sha256"], sampling.rows, prompts, mode, seed)
+            if noise is None and self._bank is not None and self._bank[0] == key:
+                return self._bank[1], record
+            latents = backgrounds.encode(self.vae, pixels)
+        bank = BackgroundBank(
+            latents[-sampling.rows :].to(self.device),
+            self.base.noiser(),
+            mode if noise is None else noise[:, -sampling.rows :],
+            seed,
+            memory.spare_bytes(self.device),
+        )
+        if record["picture_sha256"] is not None and noise is None:
+            self._bank = (key, bank)
+        return bank, record
+
+    @torch.inference_mode()
+    def _pairs(self, job: _Job) -> Iterator[Pair]:
+        starts = range(0, len(job.seeds), job.batch)
+        calls = len(self._scheduler(job.sampling).timesteps)
+        with tqdm(total=calls * len(starts), disable=not job.progress, unit="step") as bar:
+            for start in starts:
+                seeds = job.seeds[start : start + job.batch]
+                clean = self._draw(job, start, seeds, bar)
+                if clean is None:
+                    return
+                for seed, latents in zip(seeds, clean, strict=True):
+                    yield self._pair(job, seed, latents)
+
+    def _draw(self, job: _Job, start: int, seeds: Sequence[int], bar: tqdm[Any]) -> Tensor | None:
+        """Clean latents [B, 2, 4, h, w] of one batch, or None when interrupted."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = draw_latents(generators, *self._latent_size(job.sampling))
+        if job.latents is not None:
+            latents = job.latents[start : start + len(seeds)]
+
+        def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
+            bar.update()
+            if job.callback is not None:
+                changed = job.callback(self, step, timestep, {"latents": latents}) or {}
+                latents = changed.get("latents", latents)
+            return None if self._interrupted else latents
+
+        try:
+            return denoise(
+                self.unet,
+                self.ops,
+                self._scheduler(job.sampling),
+                latents.to(self.device),
+                job.text,
+                job.sampling,
+                generators,
+                job.bank,
+                step_end,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        # outside the handler, so that the failed batch's tensors are gone
+        raise OutOfMemory(len(seeds), self._largest_that_fits(len(seeds) // 2, job))
+
+    def _largest_that_fits(self, batch: int, job: _Job) -> int:
+        """Halve until one denoiser call goes through."""
+        bias = self.unet.time_bias(torch.zeros(1, device=self.device))[0]
+        size = self._latent_size(job.sampling)
+        while batch:
+            try:
+                self.unet(torch.zeros(2, 1, batch, 4, *size, device=self.device), bias, job.text)
+                return batch
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+            batch //= 2
+        return 0
+
+    def _pair(self, job: _Job, seed: int, latents: Tensor) -> Pair:
+        """Decode [2, 4, h, w], one picture at a time: its pixels must not depend on a batch."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        decoded = torch.cat([self.vae.decode(x[None]).sample for x in scaled])
+        image, anomaly = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
+        found = job.segment(to_uint8(anomaly))
+        mask = {
+            "threshold": float(found.threshold),
+            "area": float(found.area),
+            "empty": bool(found.empty),
+        }
+        return Pair(
+            image=present(image, job.output_type),
+            anomaly=present(anomaly, job.output_type),
+            mask=present_mask(found.mask, job.output_type),
+            seed=seed,
+            empty_mask=bool(found.empty),
+            recipe={**job.recipe, "seed": seed, "mask": mask},
+        )

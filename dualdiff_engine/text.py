@@ -1,0 +1,65 @@
+"""Prompts -> embeddings, with the adapter's LoRA on the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualdiff_engine import weights
+from dualdiff_engine.adapters import LowRank
+from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.settings import Prompts
+
+
+class TextEncoder:
+    """The base's CLIP text encoder in fp32; adapters lend it other weights for a call."""
+
+    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self._names = dict(encoder.named_parameters())
+        # transformers 5 dropped the prefix that released adapters still carry
+        self._prefix = "text_model." if "text_model.encoder" in " ".join(self._names) else ""
+
+    def _own_name(self, layer: str) -> str:
+        return self._prefix + layer.removeprefix("text_model.")
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Hidden width by self-attention layer, under the names released adapters use."""
+        return {
+            "text_model." + name.removeprefix(self._prefix).removesuffix(".q_proj.weight"): p.shape[
+                0
+            ]
+            for name, p in self._names.items()
+            if name.endswith(".self_attn.q_proj.weight")
+        }
+
+    def fold(self, lora: Mapping[str, Mapping[str, LowRank]]) -> dict[str, Tensor]:
+        """The weights an adapter changes, merged anew from the pristine encoder."""
+        own = {self._own_name(layer): pairs for layer, pairs in lora.items()}
+        return weights.fold_text_encoder(self._names, own)
+
+    def encode(self, prompts: list[str], changed: Mapping[str, Tensor]) -> Tensor:
+        """[len(prompts), L, X] fp32; changed: as from `fold`, empty for the base alone."""
+        ids = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=False,
+            return_tensors="pt",
+        ).input_ids
+        limit = self.tokenizer.model_max_length
+        if ids.shape[-1] > limit:
+            longest = max(prompts, key=len)
+            raise SettingsError(
+                f"prompt of {ids.shape[-1]} tokens, at most {limit}: {longest[:60]!r}…"
+            )
+        return torch.func.functional_call(self.encoder, dict(changed), (ids,))[0]
+
+    def encode_pair(self, prompts: Prompts, changed: Mapping[str, Tensor]) -> Tensor:
+        """[2 branches, 2 rows (negative, prompt), L, X] fp32."""
+        texts = [prompts.negative, prompts.image, prompts.negative, prompts.anomaly]
+        return self.encode(texts, changed).unflatten(0, (2, 2))

@@ -1,0 +1,5 @@
+"""Metadata is in pyproject.toml; nothing is compiled."""
+
+from setuptools import setup
+
+setup()
