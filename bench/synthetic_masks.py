@@ -41,9 +41,10 @@ class Sample:
     mask: NDArray[np.uint8]
 
 
-def _smooth_field(rng: np.random.Generator, size: int, scale: float) -> NDArray[np.float32]:
-    """Gaussian random field, float32 [size, size]: mean 0, deviation 1, details of `scale` px."""
-    field = cv2.GaussianBlur(rng.standard_normal((size, size)), (0, 0), scale)
+def _smooth_field(rng: np.random.Generator, size: int, spacing: float) -> NDArray[np.float32]:
+    """Random field [size, size], mean 0, deviation 1, smooth between nodes `spacing` px apart."""
+    nodes = rng.standard_normal((round(size / spacing), round(size / spacing)))
+    field = cv2.resize(nodes, (size, size), interpolation=cv2.INTER_CUBIC)
     return ((field - field.mean()) / field.std()).astype(np.float32)
 
 
@@ -97,7 +98,7 @@ def _scratch(rng: np.random.Generator, size: int) -> Coverage:
 def _grey_paint(rng: np.random.Generator, size: int, low: float, high: float) -> Paint:
     """A slightly tinted and shaded surface whose mean brightness lies in [low, high]."""
     tint = rng.uniform(0.85, 1.0, 3)
-    shade = 1 + 0.12 * _smooth_field(rng, size, size / 10) + 0.04 * _smooth_field(rng, size, 1.5)
+    shade = 1 + 0.12 * _smooth_field(rng, size, size / 4) + 0.04 * _smooth_field(rng, size, 3)
     paint = rng.uniform(low, high) * shade[..., None] * tint / tint.mean()
     return paint.astype(np.float32)
 
@@ -118,7 +119,7 @@ def _coloured_paint(rng: np.random.Generator, size: int) -> Paint:
 
 def _textured_paint(rng: np.random.Generator, size: int) -> Paint:
     """A surface that varies by a third of its brightness, with near-black spots."""
-    texture = 1 + 0.3 * _smooth_field(rng, size, rng.uniform(2, 5))
+    texture = 1 + 0.3 * _smooth_field(rng, size, rng.uniform(5, 12))
     spots = np.zeros((size, size), np.uint8)
     for centre in rng.integers(0, size, (size * size // 1500, 2)):
         cv2.circle(spots, centre.tolist(), int(rng.integers(1, 4)), 255, -1, cv2.LINE_AA)
@@ -154,14 +155,15 @@ def _degrade(rng: np.random.Generator, clean: Paint, noise: float) -> NDArray[np
     size = clean.shape[0]
     soft = cv2.GaussianBlur(clean, (0, 0), rng.uniform(0.3, 0.8))
     ringing = rng.uniform(0, 0.25) * (soft - cv2.GaussianBlur(soft, (0, 0), 2.0))
-    blotches = rng.uniform(0, 0.4) * noise * _smooth_field(rng, size, 3.0)[..., None]
+    blotches = rng.uniform(0, 0.4) * noise * _smooth_field(rng, size, 8)[..., None]
     grain = rng.normal(0, noise, (size, size, rng.choice([1, 3])))
     picture = np.clip(np.rint(soft + ringing + blotches + grain), 0, 255).astype(np.uint8)
     if rng.random() < 0.5:
         return picture
     quality = int(rng.integers(80, 99))
     _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB), np.uint8)
+    decoded = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR), np.uint8)
+    return np.ascontiguousarray(decoded[..., ::-1])
 
 
 def make_sample(family: str, size: int, seed: int, index: int = 0) -> Sample:

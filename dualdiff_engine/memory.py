@@ -29,6 +29,12 @@ def keep_freed_blocks() -> bool:
     )
 
 
+def release_freed_blocks() -> None:
+    """Hand what loading left behind back to the system, before the peak of a run is set."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch failed to allocate; on a CPU it says so only in words."""
     words = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator")

@@ -1,0 +1,128 @@
+"""`dualdiff-bench`: the engine against the released computation and against plain diffusers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dualdiff_engine.errors import DualDiffError, SettingsError
+
+PEER_NAMES = ("released", "diffusers", "engine", "engine-fresh")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "dualdiff-bench",
+        description="Time one denoiser step of a batch of pairs: the engine, the released "
+        "computation and plain diffusers, interleaved in one run, with random weights.",
+    )
+    p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
+    p.add_argument("--model", choices=("small", "sd15"), help="default: sd15 on a GPU, else small")
+    p.add_argument("--steps", type=int, help="denoiser calls of the schedule (default 100 or 50)")
+    p.add_argument("--rounds", type=int, default=3, help="timed steps per peer (default 3)")
+    p.add_argument("--size", type=int, help="pixels (default: the model's own)")
+    p.add_argument("--guidance", type=float, default=2.5, help="guidance scale, above 1")
+    p.add_argument(
+        "--background", action=argparse.BooleanOptionalAction, default=False,
+        help="background compensation, shares kept across batches (fixed noise)",
+    )  # fmt: skip
+    p.add_argument("--dtype", help="of engine and diffusers: one of, or several with commas, "
+                   f"{', '.join(DTYPES)} (default: bfloat16 on a GPU, else float32)")  # fmt: skip
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0, …")
+    p.add_argument(
+        "--peers", default="released,diffusers,engine", help="any of " + ", ".join(PEER_NAMES)
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--output-json", type=Path, metavar="FILE", help="keep the record")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it (png, svg, pdf)")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    try:
+        _run(options)
+    except DualDiffError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    print(f"dualdiff-bench: {message}", file=sys.stderr)
+    return 2
+
+
+def _names(given: str, known: Sequence[str], what: str) -> list[str]:
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise SettingsError(f"no {what} {unknown[0]!r}: choose from {', '.join(known)}")
+    return names
+
+
+def _run(options: argparse.Namespace) -> None:
+    for path in (options.output_json, options.plot):
+        if path is not None and not path.parent.is_dir():
+            raise SettingsError(
+                f"no folder {str(path.parent)!r} to write {path.name} to: make it first"
+            )
+    from dualdiff_engine import request
+    from dualdiff_engine.bench import measure, report
+    from dualdiff_engine.bench.case import MODELS, WHY, Case
+    from dualdiff_engine.bench.workers import Entry
+
+    device = request.device_of(options.device)
+    on_gpu = device.type == "cuda"
+    model = options.model or ("sd15" if on_gpu else "small")
+    if options.model is None:
+        print(
+            f"preset {model}: {WHY[model]}" + ("" if on_gpu else " (no GPU; --model sd15 runs it)")
+        )
+    dtypes = _names(options.dtype or ("bfloat16" if on_gpu else "float32"), DTYPES, "dtype")
+    if not on_gpu and "float16" in dtypes:
+        raise SettingsError("float16 on a CPU is emulated: use bfloat16")
+    for name, low in (("batch", 1), ("rounds", 1), ("seed", 0)):
+        if getattr(options, name) < low:
+            raise SettingsError(f"--{name} must be at least {low}")
+    steps = options.steps if options.steps is not None else (50 if options.background else 100)
+    size = options.size if options.size is not None else MODELS[model]["sample_size"] * 8
+    if not 1 <= steps <= 1000 or not 64 <= size <= 2048 or size % 8:
+        raise SettingsError("--steps must be 1 to 1000, --size a multiple of 8 from 64 to 2048")
+    if options.guidance <= 1:
+        raise SettingsError("--guidance must be above 1: the peers are compared with guidance")
+    case = Case(
+        model, options.batch, steps, size // 8, size // 8, options.guidance, options.background,
+        options.seed,
+    )  # fmt: skip
+    peers = _names(options.peers, PEER_NAMES, "peer")
+    if "engine-fresh" in peers and not options.background:
+        raise SettingsError("engine-fresh differs from engine only with --background")
+    entries = [
+        Entry(peer, dtype)
+        for peer in peers
+        # the released program knows fp32 only
+        for dtype in (["float32"] if peer == "released" else dtypes)
+    ]
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+    record = measure.run(case, entries, device=str(device), rounds=options.rounds, say=say)
+    print(report.headline(record))
+    print()
+    print(report.text_table(record))
+    print()
+    print(report.LEGEND)
+    if options.output_json:
+        report.write_json(record, options.output_json)
+    if options.plot:
+        report.write_plot(record, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Run a case: peers interleaved, medians, errors, FLOPs, and the rate of the machine beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dualdiff_engine import recipe
+from dualdiff_engine.bench.case import WHY, Case
+from dualdiff_engine.bench.peers import META, PEERS
+from dualdiff_engine.bench.workers import Entry, Worker
+from dualdiff_engine.ops import bind
+
+PRODUCT = 2048
+WARM_UP = 2
+Say = Callable[[str], None]
+
+
+def count_flops(case: Case, peer: str) -> int:
+    """FLOPs of one step of a peer, counted on shapes alone (matrix products, convolutions)."""
+    with torch.inference_mode():
+        built = PEERS[peer](case, META, torch.float32)
+        if peer == "engine" and case.background:
+            # once per timestep, for all batches: not part of a step
+            built.step(0)
+        with FlopCounterMode(display=False) as counter:
+            built.step(0)
+    return int(counter.get_total_flops())
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one square matrix product, the faster of PyTorch's and the engine's."""
+    x = torch.randn(PRODUCT, PRODUCT, device=device).to(dtype)
+    bound = bind("auto", device=device, dtype=dtype).linear
+
+    def seconds(product: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        product()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        best = min(seconds(p) for p in (lambda: x @ x, lambda: bound(x, x)) for _ in range(3))
+    return 2 * PRODUCT**3 / best
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p20, p50, p80 in milliseconds."""
+    points = np.quantile(np.array(seconds) * 1e3, (0.2, 0.5, 0.8))
+    return dict(zip(("p20", "p50", "p80"), (float(p) for p in points), strict=True))
+
+
+def relative_error(candidate: np.ndarray, reference: np.ndarray) -> float:
+    difference = candidate.astype(np.float64) - reference
+    return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
+
+
+def run(
+    case: Case, entries: Sequence[Entry], *, device: str, rounds: int, say: Say
+) -> dict[str, Any]:
+    """Time every entry `rounds` times, A B A B, each in its own process. Returns a record."""
+    index = case.steps // 2
+    seconds: dict[Entry, list[float]] = {entry: [] for entry in entries}
+    noises: dict[Entry, np.ndarray] = {}
+    peaks: dict[Entry, int] = {}
+    rates: dict[str, list[float]] = {entry.dtype: [] for entry in entries}
+    with contextlib.ExitStack() as stack:
+        workers: dict[Entry, Worker] = {}
+        for entry in entries:
+            say(f"loading {entry.name}")
+            workers[entry] = stack.enter_context(Worker(case, entry, device))
+            # the first step also fills what fixed noise computes once; pages settle by the last
+            for _ in range(WARM_UP):
+                _, _, noises[entry] = workers[entry].step(index)
+        for number in range(rounds):
+            for entry, worker in workers.items():
+                took, peaks[entry], _ = worker.step(index)
+                seconds[entry].append(took)
+                say(f"round {number + 1}/{rounds}  {entry.name}: {took * 1e3:.0f} ms")
+            for dtype, measured in rates.items():
+                measured.append(product_rate(torch.device(device), getattr(torch, dtype)))
+        loads = {entry: worker.loaded for entry, worker in workers.items()}
+    best = {dtype: max(measured) for dtype, measured in rates.items()}
+    reference = next((e for e in entries if e.peer == "released"), None)
+    rows = [
+        {
+            **asdict(entry),
+            "ms_per_step": quantiles(seconds[entry]),
+            "steps_timed": len(seconds[entry]),
+            "pairs_per_s": case.batch / (case.steps * statistics.median(seconds[entry])),
+            "flops_per_step": (flops := count_flops(case, entry.peer)),
+            "flops_per_s": flops / statistics.median(seconds[entry]),
+            "share_of_product_rate": flops / statistics.median(seconds[entry]) / best[entry.dtype],
+            "peak_bytes": peaks[entry],
+            "load_s": loads[entry]["load_s"],
+            "load_peak_bytes": loads[entry]["load_peak"],
+            "speedup_over_released": reference
+            and statistics.median(
+                r / s for r, s in zip(seconds[reference], seconds[entry], strict=True)
+            ),
+            "error_to_released": reference and relative_error(noises[entry], noises[reference]),
+        }
+        for entry in entries
+    ]
+    return {
+        **environment(device),
+        "case": asdict(case),
+        "why": WHY[case.model],
+        "product_flops_per_s": best,
+        "peers": rows,
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if "cuda" in device else cpu_name()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device,
+        "device_name": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": recipe.versions(),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text("utf-8")
+        return info.split("model name")[1].split(":", 1)[1].split("\n", 1)[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit this file is at, with + when the tree has changes; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,110 @@
+"""Records -> what people read: a table, a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dualdiff_engine.errors import SettingsError
+
+Record = dict[str, Any]
+COLUMNS = (
+    "peer", "dtype", "ms/step p50", "p20–p80", "pairs/s", "speed-up", "TFLOP/step", "GFLOP/s",
+    "of product rate", "peak GiB", "error",
+)  # fmt: skip
+
+LEGEND = """\
+released: one pair per call, branches in turn, LoRA beside the weights, background pass every step
+diffusers: the same UNet uncoupled, two branches' worth of rows in one batch (the floor, another result)
+engine: folded and coupled, the batch at once; with a background its shares are computed beforehand
+pairs/s: denoising only, schedule length times the median step; error: relative L2 of the guided
+noise to released in fp32; speed-up: median over rounds of released's time over the peer's"""
+
+
+def cells(record: Record) -> list[list[str]]:
+    """One row of text per peer, in the order of COLUMNS."""
+    rows = []
+    for row in record["peers"]:
+        ms, speedup, error = (
+            row["ms_per_step"],
+            row["speedup_over_released"],
+            row["error_to_released"],
+        )
+        rows.append(
+            [
+                row["peer"],
+                row["dtype"],
+                f"{ms['p50']:,.0f}",
+                f"{ms['p20']:,.0f}–{ms['p80']:,.0f}",
+                f"{row['pairs_per_s']:.3g}",
+                f"{speedup:.2f}x" if speedup else "-",
+                f"{row['flops_per_step'] / 1e12:.3f}",
+                f"{row['flops_per_s'] / 1e9:,.0f}",
+                f"{row['share_of_product_rate']:.0%}",
+                f"{row['peak_bytes'] / 2**30:.2f}",
+                # the uncoupled network is another function: no error to speak of
+                "-" if error is None or row["peer"] == "diffusers" else f"{error:.1e}",
+            ]
+        )
+    return rows
+
+
+def headline(record: Record) -> str:
+    """What was run, on what, in one line."""
+    case = record["case"]
+    background = "with background" if case["background"] else "plain"
+    rates = ", ".join(f"{k} {v / 1e9:,.0f}" for k, v in record["product_flops_per_s"].items())
+    return (
+        f"{case['model']}, {case['batch']} pair(s), {case['height'] * 8}x{case['width'] * 8} px, "
+        f"{background}, guidance {case['guidance']:g}, schedule of {case['steps']} calls; "
+        f"{record['device_name']}, {record['cores']} cores, torch {record['versions']['torch']}, "
+        f"commit {record['commit']}; matrix products: {rates} GFLOP/s"
+    )
+
+
+def text_table(record: Record) -> str:
+    rows = [list(COLUMNS), *cells(record)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def markdown_table(record: Record) -> str:
+    lines = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *cells(record)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_json(record: Record, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+def write_plot(record: Record, path: Path) -> None:
+    """Milliseconds per step of every peer, with the p20-p80 span."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SettingsError("--plot needs matplotlib: pip install dualdiff-engine[plot]") from error
+    peers = record["peers"]
+    middle = [row["ms_per_step"]["p50"] for row in peers]
+    spans = [
+        [m - row["ms_per_step"]["p20"] for m, row in zip(middle, peers, strict=True)],
+        [row["ms_per_step"]["p80"] - m for m, row in zip(middle, peers, strict=True)],
+    ]
+    figure = Figure(figsize=(7, 0.6 + 0.6 * len(peers)), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(
+        [f"{r['peer']} {r['dtype']}" for r in peers], middle, xerr=spans, color="#4c78a8"
+    )
+    axes.bar_label(bars, [f"{m:,.0f} ms" for m in middle], padding=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per denoiser step of the whole batch, median (p20 to p80)")
+    axes.set_xmargin(0.15)
+    axes.set_title(headline(record).split(";")[0], fontsize=9)
+    figure.savefig(path, dpi=120)
