@@ -59,7 +59,7 @@ class Case:
         return draw(f"{self.seed}/{name}", shape)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """latents [B, 2, 4, h, w], context [2, 2, L, X], background latents and noise [2, 4, h, w]."""
+        """latents [B, 2, 4, h, w], context [2, 2, L, X], background and noise [2, 4, h, w]."""
         size = (4, self.height, self.width)
         width = MODELS[self.model]["cross_attention_dim"]
         drawn = {
@@ -82,7 +82,8 @@ def diffusers_unet(model: str) -> Any:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        return UNet2DConditionModel(**MODELS[model]).eval().requires_grad_(False)
+        unet: Any = UNet2DConditionModel(**MODELS[model])
+    return unet.eval().requires_grad_(False)
 
 
 class RandomWeights(Mapping[str, Tensor]):

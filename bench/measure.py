@@ -1,4 +1,4 @@
-"""Run a case: peers interleaved, medians, errors, FLOPs, and the rate of the machine beside them."""
+"""Run a case: peers interleaved, medians, errors, FLOPs, and the machine's own rate."""
 
 from __future__ import annotations
 

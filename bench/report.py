@@ -16,7 +16,7 @@ COLUMNS = (
 
 LEGEND = """\
 released: one pair per call, branches in turn, LoRA beside the weights, background pass every step
-diffusers: the same UNet uncoupled, two branches' worth of rows in one batch (the floor, another result)
+diffusers: the same UNet uncoupled, all rows in one batch (a floor; its result is another one)
 engine: folded and coupled, the batch at once; with a background its shares are computed beforehand
 pairs/s: denoising only, schedule length times the median step; error: relative L2 of the guided
 noise to released in fp32; speed-up: median over rounds of released's time over the peer's"""

@@ -193,7 +193,7 @@ def make_sample(family: str, size: int, seed: int, index: int = 0) -> Sample:
 def intersection_over_union(mask: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     """|A and B| / |A or B| of two masks of {0, 255}; 1 when both are empty."""
     union = np.count_nonzero(mask | truth)
-    return np.count_nonzero(mask & truth) / union if union else 1.0
+    return float(np.count_nonzero(mask & truth) / union) if union else 1.0
 
 
 def score(count_per_family: int, seed: int) -> list[Row]:

@@ -20,7 +20,7 @@ _HOME = {
     "BackendError": "dualdiff_engine.errors",
     "BaseModelError": "dualdiff_engine.errors",
     "DualDiffError": "dualdiff_engine.errors",
-    "OutOfMemory": "dualdiff_engine.errors",
+    "OutOfMemoryError": "dualdiff_engine.errors",
     "OutputError": "dualdiff_engine.errors",
     "SegmenterError": "dualdiff_engine.errors",
     "SettingsError": "dualdiff_engine.errors",
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dualdiff_engine.errors import BackendError as BackendError
     from dualdiff_engine.errors import BaseModelError as BaseModelError
     from dualdiff_engine.errors import DualDiffError as DualDiffError
-    from dualdiff_engine.errors import OutOfMemory as OutOfMemory
+    from dualdiff_engine.errors import OutOfMemoryError as OutOfMemoryError
     from dualdiff_engine.errors import OutputError as OutputError
     from dualdiff_engine.errors import SegmenterError as SegmenterError
     from dualdiff_engine.errors import SettingsError as SettingsError

@@ -41,7 +41,8 @@ def open_picture(picture: Any, name: str, mode: str) -> Image.Image:
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
             raise SettingsError(
-                f"{name} array must be uint8 [H, W] or [H, W, 3], got {picture.dtype} {picture.shape}"
+                f"{name} array must be uint8 [H, W] or [H, W, 3], "
+                f"got {picture.dtype} {list(picture.shape)}"
             )
         return Image.fromarray(picture).convert(mode)
     if isinstance(picture, Image.Image):
@@ -57,7 +58,8 @@ def cut_out(background: Background, height: int, width: int) -> np.ndarray:
         mask = open_picture(background.object_mask, "background object_mask", "L")
         if mask.size != picture.size:
             raise SettingsError(
-                f"background object_mask is {mask.size}, its picture {picture.size}: they must match"
+                f"background object_mask is {mask.size}, its picture {picture.size}: "
+                "they must match"
             )
         # nearest: a mask has no grey
         pixels[np.array(mask.resize((width, height), Image.Resampling.NEAREST)) > 127] = 0

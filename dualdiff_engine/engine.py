@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dualdiff_engine import adapters, memory, request, weights
 from dualdiff_engine import background as backgrounds
 from dualdiff_engine.background import BackgroundBank
 from dualdiff_engine.base_model import BaseModel
-from dualdiff_engine.errors import BaseModelError, OutOfMemory, SettingsError
-from dualdiff_engine.masks import MaskResult, Segmenter, extract_mask
+from dualdiff_engine.drawing import Job, StepCallback, draw_pairs
+from dualdiff_engine.errors import BaseModelError, SettingsError
+from dualdiff_engine.masks import Segmenter, extract_mask
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops, bind
-from dualdiff_engine.pair import Pair, check_output_type, present, present_mask, to_uint8
+from dualdiff_engine.pair import Pair, check_output_type
 from dualdiff_engine.recipe import describe
-from dualdiff_engine.sampler import denoise, draw_latents
 from dualdiff_engine.settings import Background, Prompts, Sampling
 from dualdiff_engine.text import TextEncoder
-
-# diffusers' convention: (engine, step, timestep, {"latents": [B, 2, 4, h, w]}) -> the same dict
-StepCallback = Callable[["Engine", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -36,23 +32,6 @@ class _Resident:
     summary: Mapping[str, Any]
     sites: dict[str, Tensor]
     text: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A checked request: what its batches share."""
-
-    seeds: tuple[int, ...]
-    batch: int
-    sampling: Sampling
-    text: list[Tensor]
-    bank: BackgroundBank | None
-    latents: Tensor | None
-    segment: Callable[[Any], MaskResult]
-    output_type: str
-    callback: StepCallback | None
-    progress: bool
-    recipe: dict[str, Any]
 
 
 class Engine:
@@ -74,7 +53,7 @@ class Engine:
         self._load(weights.fold_network(base.unet, device, dtype))
         self._residents: dict[str, _Resident] = {}
         self._active: str | None = None
-        self._interrupted = False
+        self.interrupted = False
         self._bank: tuple[object, BackgroundBank] | None = None
 
     @classmethod
@@ -194,9 +173,10 @@ class Engine:
         number or height and width): see `Sampling`; by default the released 100 steps at 2.5, or 50
         at 2.0 with a background, in the base model's own size. latents [n, 2, 4, h, w],
         background_latents [2, 4, h, w] (uncond, cond) and background_noise [calls, 2, 4, h, w]
-        replace the draws. segmenter: an ONNX file that makes the masks. callback_on_step_end(engine,
-        step, timestep, {"latents": [B, 2, 4, h, w]}) as in diffusers. Everything is checked before
-        anything is computed. Raises SettingsError, SegmenterError, OutOfMemory.
+        replace the draws. segmenter: an ONNX file that makes the masks.
+        callback_on_step_end(engine, step, timestep, {"latents": [B, 2, 4, h, w]}) as in diffusers.
+        Everything is checked before anything is computed.
+        Raises SettingsError, SegmenterError, OutOfMemoryError.
         """
         resident = self._require_adapter()
         with_background = background is not None or background_latents is not None
@@ -209,7 +189,7 @@ class Engine:
             height=height,
             width=width,
         )
-        h, w = self._latent_size(sampling)
+        h, w = self.latent_size(sampling)
         if latents is not None:
             latents = request.tensor_of("latents", latents, ("n", 2, 4, h, w))
         chosen = request.seeds_of(n, seeds, None if latents is None else len(latents))
@@ -217,7 +197,7 @@ class Engine:
         check_output_type(output_type)
         segment = Segmenter(segmenter) if segmenter else extract_mask
         spoken = Prompts.of(prompts)
-        calls = len(self._scheduler(sampling).timesteps)
+        calls = len(self.scheduler(sampling).timesteps)
         # everything above is cheap; from here on, networks run
         context = self.encode_prompts(spoken)[:, -sampling.rows :]
         text = self.unet.text_projections(context.to(self.device, self.dtype))
@@ -227,16 +207,16 @@ class Engine:
         recipe = describe(self, resident.summary, sampling, spoken, described)
         recipe["given"] = [] if latents is None else ["latents"]
         recipe["segmenter"] = str(segmenter) if segmenter else None
-        self._interrupted = False
-        job = _Job(
+        self.interrupted = False
+        job = Job(
             chosen, batch, sampling, text, bank, latents, segment, output_type,
             callback_on_step_end, progress, recipe,
         )  # fmt: skip
-        return self._pairs(job)
+        return draw_pairs(self, job)
 
     def interrupt(self) -> None:
         """Stop the running `generate` or `stream` after its current step; finished pairs stay."""
-        self._interrupted = True
+        self.interrupted = True
 
     def close(self) -> None:
         """Drop every weight."""
@@ -253,7 +233,7 @@ class Engine:
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Prompts | tuple[str, str] | None = None) -> Tensor:
-        """Embeddings [2 branches, 2 rows (negative, prompt), L, X] fp32, with the active adapter."""
+        """Embeddings [2 branches, 2 rows (negative, prompt), L, X] fp32, by the active adapter."""
         text = self._residents[self._active].text if self._active else {}
         return self.text_encoder.encode_pair(Prompts.of(prompts), text)
 
@@ -307,13 +287,13 @@ class Engine:
     def _pixels_per_latent(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def _latent_size(self, sampling: Sampling) -> tuple[int, int]:
+    def latent_size(self, sampling: Sampling) -> tuple[int, int]:
         step = self._pixels_per_latent
         if sampling.height % step or sampling.width % step:
             raise SettingsError(f"height and width must be multiples of {step} for this VAE")
         return sampling.height // step, sampling.width // step
 
-    def _scheduler(self, sampling: Sampling) -> Any:
+    def scheduler(self, sampling: Sampling) -> Any:
         scheduler = self.base.make_scheduler(sampling.scheduler)
         scheduler.set_timesteps(sampling.steps, device=self.device)
         return scheduler
@@ -326,7 +306,8 @@ class Engine:
             )
         if trained and not given:
             raise SettingsError(
-                f"adapter {self._active!r} was trained with background: pass background=Background(…)"
+                f"adapter {self._active!r} was trained with background: "
+                "pass background=Background(…)"
             )
         if noise is not None and not given:
             raise SettingsError("background_noise needs a background")
@@ -340,10 +321,10 @@ class Engine:
         latents: Tensor | None,
         noise: Tensor | None,
     ) -> tuple[BackgroundBank | None, dict[str, Any] | None]:
-        """The bank of a job, the last one again if nothing it depends on changed; and its record."""
+        """The bank of a job (the last one, if nothing it depends on changed) and its record."""
         if background is None and latents is None:
             return None, None
-        shape = (2, 4, *self._latent_size(sampling))
+        shape = (2, 4, *self.latent_size(sampling))
         mode = background.noise if background else "fresh"
         seed = background.noise_seed if background else 0
         record: dict[str, Any] = {"noise": mode, "noise_seed": seed, "picture_sha256": None}
@@ -370,82 +351,3 @@ class Engine:
         if record["picture_sha256"] is not None and noise is None:
             self._bank = (key, bank)
         return bank, record
-
-    @torch.inference_mode()
-    def _pairs(self, job: _Job) -> Iterator[Pair]:
-        starts = range(0, len(job.seeds), job.batch)
-        calls = len(self._scheduler(job.sampling).timesteps)
-        with tqdm(total=calls * len(starts), disable=not job.progress, unit="step") as bar:
-            for start in starts:
-                seeds = job.seeds[start : start + job.batch]
-                clean = self._draw(job, start, seeds, bar)
-                if clean is None:
-                    return
-                for seed, latents in zip(seeds, clean, strict=True):
-                    yield self._pair(job, seed, latents)
-
-    def _draw(self, job: _Job, start: int, seeds: Sequence[int], bar: tqdm[Any]) -> Tensor | None:
-        """Clean latents [B, 2, 4, h, w] of one batch, or None when interrupted."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = draw_latents(generators, *self._latent_size(job.sampling))
-        if job.latents is not None:
-            latents = job.latents[start : start + len(seeds)]
-
-        def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-            bar.update()
-            if job.callback is not None:
-                changed = job.callback(self, step, timestep, {"latents": latents}) or {}
-                latents = changed.get("latents", latents)
-            return None if self._interrupted else latents
-
-        try:
-            return denoise(
-                self.unet,
-                self.ops,
-                self._scheduler(job.sampling),
-                latents.to(self.device),
-                job.text,
-                job.sampling,
-                generators,
-                job.bank,
-                step_end,
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-        # outside the handler, so that the failed batch's tensors are gone
-        raise OutOfMemory(len(seeds), self._largest_that_fits(len(seeds) // 2, job))
-
-    def _largest_that_fits(self, batch: int, job: _Job) -> int:
-        """Halve until one denoiser call goes through."""
-        bias = self.unet.time_bias(torch.zeros(1, device=self.device))[0]
-        size = self._latent_size(job.sampling)
-        while batch:
-            try:
-                self.unet(torch.zeros(2, 1, batch, 4, *size, device=self.device), bias, job.text)
-                return batch
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-            batch //= 2
-        return 0
-
-    def _pair(self, job: _Job, seed: int, latents: Tensor) -> Pair:
-        """Decode [2, 4, h, w], one picture at a time: its pixels must not depend on a batch."""
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded = torch.cat([self.vae.decode(x[None]).sample for x in scaled])
-        image, anomaly = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
-        found = job.segment(to_uint8(anomaly))
-        mask = {
-            "threshold": float(found.threshold),
-            "area": float(found.area),
-            "empty": bool(found.empty),
-        }
-        return Pair(
-            image=present(image, job.output_type),
-            anomaly=present(anomaly, job.output_type),
-            mask=present_mask(found.mask, job.output_type),
-            seed=seed,
-            empty_mask=bool(found.empty),
-            recipe={**job.recipe, "seed": seed, "mask": mask},
-        )

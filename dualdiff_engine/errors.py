@@ -31,7 +31,7 @@ class OutputError(DualDiffError, OSError):
     """The output folder cannot be written, or already holds another run."""
 
 
-class OutOfMemory(DualDiffError, MemoryError):
+class OutOfMemoryError(DualDiffError, MemoryError):
     """A batch did not fit.
 
     Attributes:

@@ -91,7 +91,10 @@ def tensor_of(name: str, value: Tensor, shape: tuple[int | str, ...]) -> Tensor:
         isinstance(value, Tensor)
         and value.is_floating_point()
         and value.dim() == len(shape)
-        and all(isinstance(want, str) or want == have for want, have in zip(shape, value.shape))
+        and all(
+            isinstance(want, str) or want == have
+            for want, have in zip(shape, value.shape, strict=True)
+        )
     )
     if not fits:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

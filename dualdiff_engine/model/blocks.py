@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +155,9 @@ class Level(nn.Module):
         self.resample = nn.Conv2d(outer, outer, 3, stride, padding=1) if resample else None
 
     def steps(self) -> Iterator[tuple[ResnetBlock, Transformer | None]]:
-        attentions = list(self.attentions) or [None] * len(self.resnets)
-        return zip(self.resnets, attentions, strict=True)  # type: ignore[arg-type]
+        attentions = cast(list[Transformer | None], list(self.attentions))
+        resnets = cast(list[ResnetBlock], list(self.resnets))
+        return zip(resnets, attentions or [None] * len(resnets), strict=True)
 
     def down(self, x: Tensor, skips: list[Tensor], call: Call) -> Tensor:
         for resnet, attention in self.steps():

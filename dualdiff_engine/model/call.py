@@ -31,7 +31,7 @@ class Call:
     recorded: list[Tensor] = field(default_factory=list)
 
     def all_rows(self, x: Tensor) -> Tensor:
-        """Repeat the one carried row: [branches·B, ...] -> [branches·rows·B, ...]; else x itself."""
+        """Repeat a row carried for all: [branches·B, ...] -> [branches·rows·B, ...]; else x."""
         if x.shape[0] == self.branches * self.rows * self.batch:
             return x
         split = x.unflatten(0, (self.branches, 1, self.batch))

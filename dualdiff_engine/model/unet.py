@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +137,10 @@ class DualUNet(nn.Module):
         x = latents.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)
         skips = [x]
-        for level in self.down_levels:
+        for level in cast(list[Level], self.down_levels):
             x = level.down(x, skips, call)
         x = self.middle(x, call)
-        for level in self.up_levels:
+        for level in cast(list[Level], self.up_levels):
             x = level.up(x, skips, call)
         return self.conv_out(norm_silu(self.ops, self.norm_out, x)).contiguous()
 

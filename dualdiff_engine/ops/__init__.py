@@ -47,7 +47,7 @@ NAMES = tuple(name for name in Ops.__dataclass_fields__ if name != "table")
 
 
 def _choose(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    rejected = []
+    rejected: list[str] = []
     for name, module in BACKENDS.items():
         if not hasattr(module, op) or wanted not in ("auto", name):
             continue
