@@ -72,18 +72,18 @@ class Released:
         return torch.stack(guided)
 
 
-def adapter_on(adapter: Any, device: torch.device) -> Any:
-    """The adapter with its tensors on the device."""
+def adapter_on(adapter: Any, target: torch.device | torch.dtype) -> Any:
+    """The adapter with its tensors on another device or in another dtype."""
     from dataclasses import fields, is_dataclass, replace
 
     if isinstance(adapter, Tensor):
-        return adapter.to(device)
+        return adapter.to(target)
     if isinstance(adapter, dict):
-        return {name: adapter_on(value, device) for name, value in adapter.items()}
+        return {name: adapter_on(value, target) for name, value in adapter.items()}
     if isinstance(adapter, tuple):
-        return tuple(adapter_on(value, device) for value in adapter)
+        return tuple(adapter_on(value, target) for value in adapter)
     if is_dataclass(adapter) and not isinstance(adapter, type):
-        moved = {f.name: adapter_on(getattr(adapter, f.name), device) for f in fields(adapter)}
+        moved = {f.name: adapter_on(getattr(adapter, f.name), target) for f in fields(adapter)}
         return replace(adapter, **moved)
     return adapter
 

@@ -34,14 +34,16 @@ STRONG_DEVIATIONS, STRONG_CONTRAST = 7.0, 12.0
 # contrasts (grey levels) keep faint decoder blotches out of a picture that has next to no noise
 WEAK_DEVIATIONS, WEAK_CONTRAST = 3.5, 6.0
 # wider than the soft edge of a defect, narrow enough to follow its shading; odd, in pixels
-EDGE_WINDOW = 41
+EDGE_WINDOW = 31
 # further rounds change the mean overlap on bench/synthetic_masks.py by 0.001 at most
 EDGE_ROUNDS = 3
 # closes the one-to-four pixel bites that fine dark texture leaves in an edge
 BITE = 5
-# a hole above 10 % of its surroundings makes the shape a ring; the other bound (a 23 pixel square
-# at 512 x 512) keeps real openings in large defects
-LARGEST_HOLE_IN_SHAPE, LARGEST_HOLE_IN_PICTURE = 0.1, 0.002
+# part of the picture, a square of 23 pixels at 512 x 512: larger holes are openings
+LARGEST_HOLE = 0.002
+# smaller ones are openings too where defect covers less of the surroundings: a ring twice as
+# wide as its hole, or the gap between crossing scratches
+FILLED_SURROUNDINGS = 0.5
 
 # U2-Net (Qin et al. 2020) was trained on these statistics and at this size
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -77,7 +79,7 @@ def extract_mask(anomaly: Bytes, *, min_area: float = DEFAULT_MIN_AREA) -> MaskR
     2. Level and noise of the background come from sigma clipping that starts at the darkest pixels.
     3. Hysteresis (Canny 1986) on the slightly blurred brightness finds where defects are.
     4. Their edges lie, on the unblurred brightness, halfway between the background and the mean
-       brightness of the defect nearby; region and mean are refined in turn (the two-means
+       brightness of the defect nearby; mask and mean are refined in turn (the two-means
        threshold of Ridler and Calvard 1978, made local).
     5. Bites and small holes are filled, specks are dropped.
 
@@ -139,10 +141,12 @@ def _locate_edges(brightness: Floats, region: Flags, level: float) -> tuple[Flag
     inside, thresholds = region, np.empty_like(brightness)
     window = (EDGE_WINDOW, EDGE_WINDOW)
     for _ in range(EDGE_ROUNDS):
-        weight = inside.astype(np.float32)
-        # one pixel of the window is the smallest weight that is not rounding error
-        share = np.maximum(cv2.blur(weight, window), 1 / EDGE_WINDOW**2)
-        thresholds = (level + cv2.blur(weight * brightness, window) / share) / 2
+        # pixels at the edge are mixed with background: the deeper inside, the more one counts
+        depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 3)
+        depth = np.minimum(depth, EDGE_WINDOW)  # infinite where all the picture is inside
+        # half a pixel in the window is less than any defect and more than rounding errors
+        weight = np.maximum(cv2.blur(depth, window), 0.5 / EDGE_WINDOW**2)
+        thresholds = (level + cv2.blur(depth * brightness, window) / weight) / 2
         inside = region & (brightness > thresholds)
     return inside, thresholds
 
@@ -153,11 +157,13 @@ def _fill(mask: Bytes) -> Bytes:
     closed = np.asarray(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, bite), np.uint8)
     contours, hierarchy = cv2.findContours(closed, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     for index, contour in enumerate(contours):
-        parent = hierarchy[0][index][3]
-        if parent < 0:
+        is_hole = hierarchy[0][index][3] >= 0
+        if not is_hole or cv2.contourArea(contour) > LARGEST_HOLE * closed.size:
             continue
-        shape = LARGEST_HOLE_IN_SHAPE * cv2.contourArea(contours[parent])
-        if cv2.contourArea(contour) <= min(shape, LARGEST_HOLE_IN_PICTURE * closed.size):
+        left, top, width, height = cv2.boundingRect(contour)
+        rows = slice(max(top - height, 0), top + 2 * height)
+        columns = slice(max(left - width, 0), left + 2 * width)
+        if np.mean(closed[rows, columns] > 0) >= FILLED_SURROUNDINGS:
             cv2.drawContours(closed, contours, index, 255, cv2.FILLED)
     return closed
 
@@ -171,7 +177,7 @@ def _drop_specks(mask: Bytes, smallest: float) -> Bytes:
 
 
 def _result(mask: Bytes, threshold: float) -> MaskResult:
-    pixels = np.count_nonzero(mask)
+    pixels = int(np.count_nonzero(mask))
     return MaskResult(mask, threshold, pixels / mask.size, pixels == 0)
 
 
