@@ -51,6 +51,11 @@ class Engine:
         self.vae = base.load_vae(device, torch.float32 if dtype == torch.float16 else dtype)
         self.unet = DualUNet(base.unet_config, ops, background=True)
         self._load(weights.fold_network(base.unet, device, dtype))
+        if lacking := self.unet.missing():
+            raise BaseModelError(
+                f"the base UNet lacks {weights.diffusers_name(lacking[0])} "
+                f"({len(lacking)} tensors in all): download it again"
+            )
         self._residents: dict[str, _Resident] = {}
         self._active: str | None = None
         self.interrupted = False

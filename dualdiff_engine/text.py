@@ -44,20 +44,14 @@ class TextEncoder:
 
     def encode(self, prompts: list[str], changed: Mapping[str, Tensor]) -> Tensor:
         """[len(prompts), L, X] fp32; changed: as from `fold`, empty for the base alone."""
-        ids = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=False,
-            return_tensors="pt",
-        ).input_ids
         limit = self.tokenizer.model_max_length
-        if ids.shape[-1] > limit:
-            longest = max(prompts, key=len)
-            raise SettingsError(
-                f"prompt of {ids.shape[-1]} tokens, at most {limit}: {longest[:60]!r}…"
-            )
-        return torch.func.functional_call(self.encoder, dict(changed), (ids,))[0]
+        ids = self.tokenizer(prompts, padding="max_length", max_length=limit).input_ids
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            if len(tokens) > limit:
+                raise SettingsError(
+                    f"prompt of {len(tokens)} tokens, at most {limit}: {prompt[:60]!r}…"
+                )
+        return torch.func.functional_call(self.encoder, dict(changed), (torch.tensor(ids),))[0]
 
     def encode_pair(self, prompts: Prompts, changed: Mapping[str, Tensor]) -> Tensor:
         """[2 branches, 2 rows (negative, prompt), L, X] fp32."""

@@ -53,8 +53,10 @@ def engine_name(diffusers_name: str) -> str:
 
 
 def diffusers_name(engine_name: str) -> str:
-    """The inverse of `engine_name`, for module paths."""
-    for theirs, ours in _RENAMES[:3]:
+    """The inverse of `engine_name`, for what has one."""
+    if engine_name.startswith("up_levels."):
+        engine_name = engine_name.replace("resample.", "upsamplers.0.conv.")
+    for theirs, ours in _RENAMES:
         engine_name = engine_name.replace(ours, theirs)
     return engine_name
 

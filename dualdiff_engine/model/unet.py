@@ -86,6 +86,10 @@ class DualUNet(nn.Module):
         if wrong:
             raise KeyError(f"not part of the network: {wrong[:3]}")
 
+    def missing(self) -> list[str]:
+        """Parameters not loaded yet; what adapters bring, the buffers, aside."""
+        return [name for name, parameter in self.named_parameters() if parameter.is_meta]
+
     def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
         """For every timestep [T], the bias of each resnet's first convolution, [C_out]."""
         config = self.config

@@ -1,0 +1,360 @@
+"""The engine API: seeds, batches, schedulers, adapters, callbacks, memory, wrong arguments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, golden_engine
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dualdiff_engine import (
+    AdapterError,
+    BackendError,
+    Background,
+    BaseModelError,
+    Engine,
+    OutOfMemoryError,
+    Pair,
+    Prompts,
+    SettingsError,
+    adapters,
+)
+
+QUICK: dict[str, Any] = {"steps": 3, "size": 64}
+
+
+def pixels(pair: Pair) -> np.ndarray:
+    return np.stack([np.asarray(pair.image), np.asarray(pair.anomaly)]).astype(int)
+
+
+def surroundings(**options: Any) -> Background:
+    generator = np.random.default_rng(0)
+    picture = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    return Background(picture, mask, **options)
+
+
+def other_adapter(folder: Path) -> Path:
+    """The dual golden adapter with every tensor changed."""
+    tensors = torch.load(DATA / "dual/adapter/pytorch_lora_weights.bin", weights_only=True)
+    path = folder / "other.safetensors"
+    save_file({name: 1.1 * tensor + 0.01 for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_pair_and_recipe(dual: Engine) -> None:
+    (pair,) = dual.generate(seeds=[7], **QUICK)
+    assert isinstance(pair.image, Image.Image)
+    assert (pair.image.mode, pair.anomaly.mode, pair.mask.mode) == ("RGB", "RGB", "L")
+    assert pair.image.size == pair.anomaly.size == pair.mask.size == (64, 64)
+    assert set(np.unique(np.asarray(pair.mask))) <= {0, 255}
+    recipe = json.loads(json.dumps(pair.recipe))
+    assert recipe["seed"] == pair.seed == 7
+    assert recipe["sampling"] == {
+        "steps": 3,
+        "guidance": 2.5,
+        "scheduler": "PNDMScheduler",
+        "height": 64,
+        "width": 64,
+    }
+    assert recipe["prompts"] == {"image": "a vfx with sks", "anomaly": "sks", "negative": ""}
+    assert len(recipe["base"]["sha256"]) == len(recipe["adapter"]["sha256"]) == 64
+    assert recipe["background"] is None
+    assert recipe["backends"]["exchange"] in ("onednn", "reference")
+    assert recipe["versions"]["torch"] == torch.__version__
+
+
+def test_output_types_agree(dual: Engine) -> None:
+    pil, numpy, tensor = (
+        dual.generate(seeds=[7], output_type=kind, **QUICK)[0] for kind in ("pil", "np", "pt")
+    )
+    assert numpy.image.shape == (64, 64, 3)
+    assert numpy.image.dtype == np.float32
+    assert tensor.image.shape == (3, 64, 64)
+    assert np.array_equal(np.asarray(pil.image), np.round(numpy.image * 255).astype(np.uint8))
+    assert np.array_equal(numpy.image, tensor.image.permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(pil.mask), numpy.mask)
+    assert np.array_equal(numpy.mask, tensor.mask.numpy())
+
+
+@pytest.mark.parametrize("case", ["dual", "bcm"])
+def test_a_pair_is_a_function_of_its_seed(case: str, engine_of: Any) -> None:
+    engine = engine_of(case)
+    options = {**QUICK, **({"background": surroundings()} if case == "bcm" else {})}
+    alone = {seed: engine.generate(seeds=[seed], **options)[0] for seed in (1, 2, 3)}
+    for seeds, batch in (([3, 1, 2], 3), ([2, 3, 1], 2), ([1, 1], 2)):
+        for pair in engine.generate(seeds=seeds, batch=batch, **options):
+            # fp32 on a CPU: at most one grey level, anywhere
+            assert np.abs(pixels(pair) - pixels(alone[pair.seed])).max() <= 1
+    assert np.abs(pixels(alone[1]) - pixels(alone[2])).max() > 1
+
+
+def test_stochastic_schedulers_draw_per_pair(dual: Engine) -> None:
+    options = {**QUICK, "scheduler": "EulerAncestralDiscreteScheduler"}
+    alone = {seed: dual.generate(seeds=[seed], **options)[0] for seed in (1, 2)}
+    for pair in dual.generate(seeds=[2, 1], **options):
+        assert np.abs(pixels(pair) - pixels(alone[pair.seed])).max() <= 1
+
+
+def test_every_scheduler_of_the_base_runs(dual: Engine) -> None:
+    tried = []
+    for kind in dual.base.scheduler.compatibles:
+        try:
+            (pair,) = dual.generate(seeds=[0], steps=4, size=64, scheduler=kind.__name__)
+        except SettingsError as error:
+            assert "needs another package" in str(error), error
+            continue
+        tried.append(kind.__name__)
+        assert np.isfinite(pixels(pair)).all()
+    assert len(tried) >= 12
+
+
+def test_without_guidance_only_prompted_rows_run(dual: Engine) -> None:
+    rows = []
+    hook = dual.unet.conv_out.register_forward_hook(lambda m, i, o: rows.append(o.shape[0]))
+    try:
+        for guidance in (1.0, 0.0, 2.5):
+            dual.generate(seeds=[1], guidance=guidance, steps=1, size=64)
+    finally:
+        hook.remove()
+    # PNDM's single step calls once; two branches, then twice as many rows
+    assert sorted(set(rows)) == [2, 4]
+    assert rows.count(2) == 2 * rows.count(4)
+
+
+def test_sizes_need_not_be_square(dual: Engine) -> None:
+    (pair,) = dual.generate(seeds=[1], steps=1, size=(72, 104))
+    assert pair.image.size == (104, 72)
+    assert pair.mask.size == (104, 72)
+
+
+def test_prompts_change_the_picture(dual: Engine) -> None:
+    default, changed, negative = (
+        dual.generate(seeds=[1], prompts=prompts, **QUICK)[0]
+        for prompts in (None, ("sks", "sks"), Prompts(negative="blurry"))
+    )
+    assert np.abs(pixels(default) - pixels(changed)).max() > 0
+    assert np.abs(pixels(default) - pixels(negative)).max() > 0
+
+
+def test_switching_adapters_leaves_no_trace(tmp_path: Path) -> None:
+    engine = golden_engine("dual")
+    before = engine.generate(seeds=[1], output_type="pt", **QUICK)[0]
+    first = engine.active_adapter
+    assert engine.load_adapter(other_adapter(tmp_path)) == "other"
+    other = engine.generate(seeds=[1], output_type="pt", **QUICK)[0]
+    assert engine.adapters == [first, "other"]
+    engine.set_adapter(first)
+    again = engine.generate(seeds=[1], output_type="pt", **QUICK)[0]
+    assert torch.equal(before.image, again.image)
+    assert torch.equal(before.anomaly, again.anomaly)
+    assert not torch.equal(before.image, other.image)
+    assert other.recipe["adapter"]["source"].endswith("other.safetensors")
+    engine.unload_adapter(first)
+    with pytest.raises(SettingsError, match="no adapter is active"):
+        engine.generate()
+    with pytest.raises(SettingsError, match=r"no adapter 'adapter' is loaded \(loaded: other\)"):
+        engine.set_adapter("adapter")
+
+
+def test_a_refused_adapter_changes_nothing(dual: Engine) -> None:
+    before = dual.generate(seeds=[1], output_type="pt", **QUICK)[0]
+    with pytest.raises(AdapterError, match="is a pickle"):
+        dual.load_adapter(DATA / "bcm/adapter")
+    after = dual.generate(seeds=[1], output_type="pt", **QUICK)[0]
+    assert torch.equal(before.image, after.image)
+
+
+def test_callback_may_change_latents(dual: Engine) -> None:
+    seen = []
+
+    def zero_last(engine: Engine, step: int, timestep: Any, inputs: dict[str, Any]) -> Any:
+        seen.append((step, int(timestep), tuple(inputs["latents"].shape)))
+        return {"latents": torch.zeros_like(inputs["latents"])}
+
+    first, second = dual.generate(seeds=[1, 2], callback_on_step_end=zero_last, **QUICK)
+    assert [s[0] for s in seen] == list(range(len(seen)))
+    assert {s[2] for s in seen} == {(2, 2, 4, 8, 8)}
+    assert np.array_equal(pixels(first), pixels(second))
+
+
+def test_interrupt_keeps_finished_pairs(dual: Engine) -> None:
+    calls = []
+
+    def stop_in_second_batch(engine: Engine, step: int, *_: Any) -> None:
+        calls.append(step)
+        if len(calls) == 6:
+            engine.interrupt()
+
+    pairs = dual.generate(
+        seeds=[1, 2, 3], batch=1, callback_on_step_end=stop_in_second_batch, **QUICK
+    )
+    assert [pair.seed for pair in pairs] == [1]
+    assert len(dual.generate(seeds=[1], **QUICK)) == 1
+
+
+def test_stream_hands_pairs_out_as_they_finish(dual: Engine) -> None:
+    calls = []
+    stream = dual.stream(
+        seeds=[1, 2], batch=1, callback_on_step_end=lambda *a: calls.append(a[1]), **QUICK
+    )
+    assert calls == []
+    assert next(stream).seed == 1
+    half = len(calls)
+    assert next(stream).seed == 2
+    assert len(calls) == 2 * half
+
+
+def test_out_of_memory_says_what_fits(dual: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = type(dual.unet).forward
+
+    def small_machine(self: Any, latents: Any, *rest: Any) -> Any:
+        if latents.shape[2] > 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return real(self, latents, *rest)
+
+    monkeypatch.setattr(type(dual.unet), "forward", small_machine)
+    with pytest.raises(OutOfMemoryError, match="batch of 4 pairs; a batch of 1 fits") as caught:
+        dual.generate(seeds=range(4), batch=4, **QUICK)
+    assert (caught.value.batch, caught.value.fits) == (4, 1)
+
+
+def test_other_errors_are_not_taken_for_memory(
+    dual: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(type(dual.unet), "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        dual.generate(seeds=[1], **QUICK)
+
+
+def test_close_drops_the_weights() -> None:
+    with golden_engine("dual") as engine:
+        assert engine.generate(seeds=[1], **QUICK)
+    assert all(p.is_meta for p in engine.unet.parameters())
+    with pytest.raises(SettingsError, match="no adapter is active"):
+        engine.generate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n must be a positive whole number, got 0"),
+        ({"n": 2.5}, "n must be a positive whole number"),
+        ({"n": 3, "seeds": [1]}, "n is 3 but there are 1 seeds"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": [-1]}, "seed must be from 0 to"),
+        ({"seeds": ["7"]}, "seed must be a whole number, got '7'"),
+        ({"seeds": [2**63]}, "seed must be from 0 to"),
+        ({"batch": 0}, "batch must be from 1 to 4"),
+        ({"batch": 5}, r"batch must be from 1 to 4 \(max_batch of the engine\), got 5"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000"),
+        ({"steps": 2.0}, "steps must be a whole number"),
+        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"scheduler": "Euler"}, "no scheduler 'Euler'; the base model takes DDIMScheduler"),
+        ({"size": 65}, "height must be a multiple of 8"),
+        ({"size": (64, 0)}, "width must be a multiple of 8"),
+        ({"size": "64"}, r"size must be one number or \(height, width\)"),
+        ({"prompts": "sks"}, "prompts must be Prompts"),
+        ({"prompts": (1, 2)}, "prompt 'image' must be text"),
+        ({"prompts": ("sks " * 200, "sks")}, "tokens, at most 77"),
+        ({"output_type": "jpg"}, "output_type must be one of pil, np, pt"),
+        ({"segmenter": "no.onnx"}, "no.onnx"),
+        ({"background": surroundings()}, "trained without background: leave it out"),
+        ({"background_noise": torch.zeros(1)}, "background_noise needs a background"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must be .* \['n', 2, 4, 8, 8\], got"),
+        ({"latents": torch.zeros(2, 2, 4, 8, 8), "n": 3}, "latents hold 2 pairs, asked for 3"),
+        ({"latents": [1]}, "latents must be a floating-point tensor"),
+    ],
+)
+def test_wrong_requests(dual: Engine, options: dict[str, Any], message: str) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("computed before checking")
+
+    n = options.pop("n", None)
+    before = options.copy()
+    with pytest.raises((SettingsError, ValueError), match=message):
+        dual.generate(n, **{"size": 64, "callback_on_step_end": never, **options})
+    options.update(before, n=n) if n is not None else options.update(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"base": "nowhere/at/all"}, BaseModelError, "no base model at 'nowhere/at/all'"),
+        ({"base": "someone/unknown-model"}, BaseModelError, "the hub did not give it"),
+        ({"base": DATA}, BaseModelError, "has no unet/"),
+        ({"adapter": "missing.safetensors"}, AdapterError, "no adapter at 'missing.safetensors'"),
+        ({"adapter": DATA / "bcm/adapter"}, AdapterError, "dualdiff convert"),
+        ({"dtype": "int8"}, SettingsError, "dtype must be auto, float32"),
+        ({"dtype": "float16"}, SettingsError, "float16 on a CPU"),
+        ({"device": "tpu"}, SettingsError, "no device 'tpu'"),
+        ({"device": "mps"}, SettingsError, "device 'mps' is not supported"),
+        ({"backend": "fastest"}, BackendError, "unknown backend 'fastest'"),
+        ({"max_batch": 0}, SettingsError, "max_batch must be a positive whole number"),
+    ],
+)
+def test_wrong_engines(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Engine.from_pretrained(**{"base": DATA / "dual/model", "device": "cpu", **options})
+
+
+def copy_of_base(folder: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(DATA / "dual/model", folder / "model"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", None, "has no diffusion_pytorch_model"),
+        ("unet/diffusion_pytorch_model.safetensors", b"not a model", "not a sound safetensors"),
+        ("unet/config.json", b"{", "config.json cannot be read"),
+        ("unet/config.json", b"[]", "is not a JSON object"),
+        ("vae/diffusion_pytorch_model.safetensors", None, "has no diffusion_pytorch_model"),
+        ("text_encoder/model.safetensors", None, "has no model.safetensors; pickled"),
+        ("tokenizer/vocab.json", None, "text_encoder or tokenizer"),
+        ("scheduler/scheduler_config.json", b'{"_class_name": "os"}', "no scheduler 'os'"),
+    ],
+)
+def test_damaged_bases(tmp_path: Path, file: str, change: bytes | None, message: str) -> None:
+    base = copy_of_base(tmp_path)
+    (base / file).unlink()
+    if change is not None:
+        (base / file).write_bytes(change)
+    with pytest.raises(BaseModelError, match=message):
+        Engine.from_pretrained(base).base.scheduler  # noqa: B018
+
+
+def test_base_without_a_tensor(tmp_path: Path) -> None:
+    base = copy_of_base(tmp_path)
+    path = base / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["mid_block.resnets.1.norm1.weight"]
+    save_file(tensors, path)
+    with pytest.raises(BaseModelError, match=r"mid_block\.resnets\.1\.norm1\.weight"):
+        Engine.from_pretrained(base)
+    tensors["mid_block.resnets.1.norm1.weight"] = torch.ones(3)
+    save_file(tensors, path)
+    with pytest.raises(BaseModelError, match=r"do not match unet/config.json: .*norm1"):
+        Engine.from_pretrained(base)
+
+
+def test_adapter_of_another_base(dual: Engine, tmp_path: Path) -> None:
+    tensors = torch.load(DATA / "dual/adapter/pytorch_lora_weights.bin", weights_only=True)
+    kept = {k: v for k, v in tensors.items() if "mid_block" not in k}
+    path = tmp_path / "half.safetensors"
+    save_file(kept, path)
+    assert adapters.load(path).rank == 4
+    with pytest.raises(AdapterError, match=r"unet\.mid_block.* is missing"):
+        dual.load_adapter(path)

@@ -1,0 +1,204 @@
+"""Every op of every CPU backend against fp64, on odd shapes, strided inputs and poisoned memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_within_budget
+from torch import Tensor
+
+from dualdiff_engine.adapters import Affine
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, reference
+from dualdiff_engine.weights import fold_interaction
+
+DTYPES = [torch.float32, torch.bfloat16]
+# odd sizes, one row, sizes below and above a vector
+SHAPES = [(63, 48), (1, 16), (130, 40)]
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def ops(backend: str, dtype: torch.dtype) -> Ops:
+    return bind(backend, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that an op takes and does not write shows as NaN."""
+
+    def poisoned(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return self.new_full(shape, math.nan, **options)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, as a view into something twice as wide."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_branch_linear(
+    ops: Ops, dtype: torch.dtype, rows: int, channels: int, branches: int, bias: bool
+) -> None:
+    x = draw(branches, rows, channels, dtype=dtype)
+    w = draw(branches, 24, channels, dtype=dtype, seed=1)
+    b = draw(24, dtype=dtype, seed=2) if bias else None
+    exact = torch.einsum("fmc,fdc->fmd", x.double(), w.double()) + (b.double() if bias else 0)
+    eager = torch.stack([F.linear(x[f], w[f], b) for f in range(branches)])
+    assert_within_budget("branch_linear", ops.branch_linear(x, w, b), eager, exact)
+    assert_within_budget("strided", ops.branch_linear(strided(x), w, b), eager, exact)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(("queries", "keys"), [(63, 63), (5, 77), (1, 1)])
+def test_attention(ops: Ops, dtype: torch.dtype, heads: int, queries: int, keys: int) -> None:
+    channels = 40 * heads
+    q = draw(3, queries, channels, dtype=dtype)
+    kv = draw(3, keys, 2 * channels, dtype=dtype, seed=1)
+    k, v = kv.chunk(2, dim=-1)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(40), dim=-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    exact = eager(q.double(), k.double(), v.double())
+    actual = ops.attention(strided(q), k, v, heads)
+    assert actual.is_contiguous()
+    assert_within_budget("attention", actual, eager(q, k, v), exact)
+
+
+def interaction(channels: int, dtype: torch.dtype) -> dict[str, Affine]:
+    parts = {}
+    for number, name in enumerate(("norm", "input", "query", "key", "value", "output")):
+        shape = (channels,) if name == "norm" else (channels, channels)
+        weight = draw(*shape, dtype=dtype, seed=number) / (1 if name == "norm" else channels**0.5)
+        parts[name] = Affine(weight, 0.3 * draw(channels, dtype=dtype, seed=number + 10))
+    return parts
+
+
+def unfolded_interaction(x: Tensor, parts: dict[str, Affine]) -> Tensor:
+    """The ten products, as printed in the paper's formulas. x [2, M, C]."""
+    channels = x.shape[-1]
+    norm = parts["norm"]
+    z = F.layer_norm(x, (channels,), norm.weight, norm.bias, 1e-6)
+    z = F.linear(z, parts["input"].weight, parts["input"].bias)
+    q, k, v = (F.linear(z, parts[n].weight, parts[n].bias) for n in ("query", "key", "value"))
+    scores = torch.einsum("fmc,gmc->mfg", q, k) / math.sqrt(channels)
+    mixed = torch.einsum("mfg,gmc->fmc", torch.softmax(scores, dim=-1), v)
+    return x + F.linear(mixed, parts["output"].weight, parts["output"].bias)
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+def test_exchange_is_the_unfolded_interaction(
+    ops: Ops, dtype: torch.dtype, rows: int, channels: int
+) -> None:
+    x = draw(2, rows, channels, dtype=dtype)
+    residual = draw(2, rows, channels, dtype=dtype, seed=7)
+    parts = interaction(channels, dtype)
+    wide = {n: Affine(a.weight.double(), a.bias.double()) for n, a in parts.items()}
+    exact = unfolded_interaction(x.double(), wide) + residual.double()
+    eager = unfolded_interaction(x, parts) + residual
+    folded = fold_interaction(parts, torch.empty(0, dtype=torch.float64))
+    weights = [
+        folded[name].to(dtype)
+        for name in ("gate_weight", "gate_bias", "value_weight", "value_bias")
+    ]
+    before = x.clone(), residual.clone()
+    assert_within_budget("exchange", ops.exchange(x, *weights, residual), eager, exact)
+    assert_within_budget("strided", ops.exchange(strided(x), *weights, residual), eager, exact)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+def test_fold_of_the_interaction_is_exact() -> None:
+    x = draw(2, 63, 48, dtype=torch.float64)
+    parts = interaction(48, torch.float64)
+    folded = fold_interaction(parts, x)
+    out = reference.exchange(
+        x,
+        folded["gate_weight"],
+        folded["gate_bias"],
+        folded["value_weight"],
+        folded["value_bias"],
+        torch.zeros_like(x),
+    )
+    # the gate is kept in fp32 whatever the input
+    assert torch.allclose(out, unfolded_interaction(x, parts), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 1)])
+def test_group_norm_silu(ops: Ops, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    x = draw(3, 48, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w, b = draw(48, dtype=dtype, seed=1), draw(48, dtype=dtype, seed=2)
+    before = x.clone()
+
+    def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, 8, w, b, 1e-5))
+
+    actual = ops.group_norm_silu(x, 8, w, b, 1e-5)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    exact = eager(x.double(), w.double(), b.double())
+    assert_within_budget("group_norm_silu", actual, eager(x, w, b), exact)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+def test_geglu(ops: Ops, dtype: torch.dtype, rows: int, channels: int) -> None:
+    x = draw(3, rows, channels, dtype=dtype)
+    w, b = draw(96, channels, dtype=dtype, seed=1), draw(96, dtype=dtype, seed=2)
+
+    def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        value, gate = F.linear(x, w, b).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    exact = eager(x.double(), w.double(), b.double())
+    assert_within_budget("geglu", ops.geglu(x, w, b), eager(x, w, b), exact)
+
+
+def test_guided_step(ops: Ops, dtype: torch.dtype) -> None:
+    noise = draw(2, 2, 3, 4, 5, 6, dtype=dtype)
+    uncond, cond = noise[:, 0].double(), noise[:, 1].double()
+    exact = uncond + 2.5 * (cond - uncond)
+    eager = noise[:, 0].float() + 2.5 * (noise[:, 1].float() - noise[:, 0].float())
+    assert_within_budget("guided_step", ops.guided_step(noise, 2.5), eager, exact)
+
+
+def test_auto_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    table = {row.op: row for row in bind("auto").table}
+    assert set(table) == set(NAMES)
+    assert table["exchange"].backend == "reference"
+    assert "without oneDNN" in table["exchange"].reason
+
+
+def test_explicit_backend_raises_with_the_reason() -> None:
+    with pytest.raises(BackendError, match=r"onednn.*no torch\.float64 product"):
+        bind("onednn", dtype=torch.float64)
+    with pytest.raises(
+        BackendError, match="unknown backend 'cuda'; this version has: auto, onednn"
+    ):
+        bind("cuda")
