@@ -7,8 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dualdiff_engine.errors import DualDiffError, SettingsError
+
+if TYPE_CHECKING:
+    from dualdiff_engine.bench.case import Case
+    from dualdiff_engine.bench.workers import Entry
 
 PEER_NAMES = ("released", "diffusers", "engine", "engine-fresh")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,27 +69,11 @@ def _names(given: str, known: Sequence[str], what: str) -> list[str]:
     return names
 
 
-def _run(options: argparse.Namespace) -> None:
-    for path in (options.output_json, options.plot):
-        if path is not None and not path.parent.is_dir():
-            raise SettingsError(
-                f"no folder {str(path.parent)!r} to write {path.name} to: make it first"
-            )
-    from dualdiff_engine import request
-    from dualdiff_engine.bench import measure, report
-    from dualdiff_engine.bench.case import MODELS, WHY, Case
-    from dualdiff_engine.bench.workers import Entry
+def _case(options: argparse.Namespace, on_gpu: bool) -> Case:
+    """The case that the options describe. Raises SettingsError."""
+    from dualdiff_engine.bench.case import MODELS, Case
 
-    device = request.device_of(options.device)
-    on_gpu = device.type == "cuda"
     model = options.model or ("sd15" if on_gpu else "small")
-    if options.model is None:
-        print(
-            f"preset {model}: {WHY[model]}" + ("" if on_gpu else " (no GPU; --model sd15 runs it)")
-        )
-    dtypes = _names(options.dtype or ("bfloat16" if on_gpu else "float32"), DTYPES, "dtype")
-    if not on_gpu and "float16" in dtypes:
-        raise SettingsError("float16 on a CPU is emulated: use bfloat16")
     for name, low in (("batch", 1), ("rounds", 1), ("seed", 0)):
         if getattr(options, name) < low:
             raise SettingsError(f"--{name} must be at least {low}")
@@ -94,30 +83,59 @@ def _run(options: argparse.Namespace) -> None:
         raise SettingsError("--steps must be 1 to 1000, --size a multiple of 8 from 64 to 2048")
     if options.guidance <= 1:
         raise SettingsError("--guidance must be above 1: the peers are compared with guidance")
-    case = Case(
-        model, options.batch, steps, size // 8, size // 8, options.guidance, options.background,
-        options.seed,
-    )  # fmt: skip
+    return Case(
+        model=model,
+        batch=options.batch,
+        steps=steps,
+        height=size // 8,
+        width=size // 8,
+        guidance=options.guidance,
+        background=options.background,
+        seed=options.seed,
+    )
+
+
+def _entries(options: argparse.Namespace, on_gpu: bool) -> list[Entry]:
+    """The rows of the table: each peer in each dtype. Raises SettingsError."""
+    from dualdiff_engine.bench.workers import Entry
+
+    dtypes = _names(options.dtype or ("bfloat16" if on_gpu else "float32"), DTYPES, "dtype")
+    if not on_gpu and "float16" in dtypes:
+        raise SettingsError("float16 on a CPU is emulated: use bfloat16")
     peers = _names(options.peers, PEER_NAMES, "peer")
     if "engine-fresh" in peers and not options.background:
         raise SettingsError("engine-fresh differs from engine only with --background")
-    entries = [
+    # the released program knows fp32 only
+    return [
         Entry(peer, dtype)
         for peer in peers
-        # the released program knows fp32 only
         for dtype in (["float32"] if peer == "released" else dtypes)
     ]
+
+
+def _run(options: argparse.Namespace) -> None:
+    for path in (options.output_json, options.plot):
+        if path is not None and not path.parent.is_dir():
+            raise SettingsError(f"no folder {str(path.parent)!r} to write {path.name} to: make it")
+    from dualdiff_engine import request
+    from dualdiff_engine.bench import measure, report
+    from dualdiff_engine.bench.case import WHY
+
+    device = request.device_of(options.device)
+    on_gpu = device.type == "cuda"
+    case, entries = _case(options, on_gpu), _entries(options, on_gpu)
+    if options.model is None:
+        reason = "" if on_gpu else " (no GPU; --model sd15 runs it)"
+        print(f"preset {case.model}: {WHY[case.model]}{reason}", flush=True)
     start = time.perf_counter()
 
     def say(line: str) -> None:
         print(f"[{time.perf_counter() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
 
     record = measure.run(case, entries, device=str(device), rounds=options.rounds, say=say)
-    print(report.headline(record))
-    print()
-    print(report.text_table(record))
-    print()
-    print(report.LEGEND)
+    print(
+        "\n".join(["", report.headline(record), "", report.text_table(record), "", report.LEGEND])
+    )
     if options.output_json:
         report.write_json(record, options.output_json)
     if options.plot:

@@ -32,7 +32,9 @@ def noised(case: Case, inputs: dict[str, Tensor], index: int) -> Tensor:
     """DDPM's add_noise on SD's scaled-linear schedule; the same draw in every step."""
     from diffusers import DDPMScheduler
 
-    scheduler: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler: Any = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     alpha = scheduler.alphas_cumprod[int(case.timesteps[index])]
     return alpha.sqrt() * inputs["background"] + (1 - alpha).sqrt() * inputs["noise"]
 

@@ -1,0 +1,48 @@
+"""The README's tables, generated from the records in bench/results/.
+
+`python -m dualdiff_engine.bench.readme` writes them; a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dualdiff_engine.bench import report
+
+ROOT = Path(__file__).resolve().parent.parent
+_SLOT = re.compile(r"(<!-- record (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _masks(rows: list[dict[str, Any]]) -> str:
+    sizes = sorted({row["size"] for row in rows})
+    head = ["defects", *(f"{size} px" for size in sizes)]
+    lines = [head, ["---", *["---:"] * len(sizes)]]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        found = {row["size"]: row["mean_iou"] for row in rows if row["family"] == family}
+        lines.append([family, *(f"{found[size]:.3f}" for size in sizes)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def section(path: Path) -> str:
+    """What a record looks like in the README."""
+    record = json.loads(path.read_text("utf-8"))
+    if "rows" in record:
+        return _masks(record["rows"])
+    return f"{report.markdown_table(record)}\n\n{report.headline(record)}."
+
+
+def generate(root: Path = ROOT) -> str:
+    """The README with every slot filled from its record."""
+
+    def fill(match: re.Match[str]) -> str:
+        text = section(root / "bench" / "results" / match["file"])
+        return f"{match[1]}{text}\n{match[3]}"
+
+    return _SLOT.sub(fill, (root / "README.md").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(generate(), "utf-8")

@@ -1,0 +1,114 @@
+"""dualdiff-bench: what it counts, what it records, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualdiff_engine.bench import cli, measure, readme, report
+from dualdiff_engine.bench.case import Case, RandomWeights, random_adapter
+
+TINY = ["--batch", "1", "--size", "64", "--rounds", "1"]
+
+
+def sd15(*, background: bool) -> Case:
+    return Case("sd15", 1, 50, 64, 64, 2.5, background, 0)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_flops_of_the_full_network(background: bool) -> None:
+    released = measure.count_flops(sd15(background=background), "released")
+    engine = measure.count_flops(sd15(background=background), "engine")
+    # counted independently of this code: 3.76 TFLOP plain, about 5.4 with background
+    assert released / 1e12 == pytest.approx(5.42 if background else 3.76, abs=0.01)
+    assert engine / released <= (0.62 if background else 0.88)
+
+
+def test_flops_of_fresh_noise_include_the_pass() -> None:
+    case = sd15(background=True)
+    extra = measure.count_flops(case, "engine-fresh") - measure.count_flops(case, "engine")
+    # two plain rows, less what follows the last recorded share
+    assert 1.5e12 < extra < 2 * 0.8033e12
+
+
+def test_random_weights_depend_on_name_and_seed_alone() -> None:
+    one, two = (RandomWeights({"a.weight": (4, 3), "b.weight": (4, 3)}, 0) for _ in range(2))
+    assert torch.equal(one["a.weight"], two["a.weight"])
+    assert not torch.equal(one["a.weight"], one["b.weight"])
+    assert not torch.equal(one["a.weight"], RandomWeights(one.shapes, 1)["a.weight"])
+
+
+def test_random_adapter_is_in_the_released_format() -> None:
+    adapter = random_adapter(RandomWeights.of("small", 0), background=True)
+    assert adapter.rank == 32
+    assert adapter.has_background
+    assert len(adapter.sites) == 32
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    cli.main(
+        [*TINY, "--peers", "released,engine,engine-fresh", "--background"]
+        + ["--output-json", str(folder / "r.json"), "--plot", str(folder / "r.png")]
+    )
+    assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "r.json").read_text())
+
+
+def test_record(record: dict[str, Any]) -> None:
+    assert record["case"]["model"] == "small"
+    assert [row["peer"] for row in record["peers"]] == ["released", "engine", "engine-fresh"]
+    for row in record["peers"]:
+        ms = row["ms_per_step"]
+        assert 0 < ms["p20"] <= ms["p50"] <= ms["p80"]
+        assert row["peak_bytes"] > 1e8
+        assert row["flops_per_s"] == pytest.approx(row["flops_per_step"] / ms["p50"] * 1e3)
+        assert row["error_to_released"] <= 1e-5
+    assert record["peers"][0]["speedup_over_released"] == 1
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_tables(record: dict[str, Any]) -> None:
+    text, markdown = report.text_table(record), report.markdown_table(record)
+    assert len(text.splitlines()) == 4
+    assert len(markdown.splitlines()) == 5
+    assert "engine-fresh" in text
+    assert "with background" in report.headline(record)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--size", "65"], "--size a multiple of 8"),
+        (["--steps", "0"], "--steps must be 1 to 1000"),
+        (["--guidance", "1"], "--guidance must be above 1"),
+        (["--dtype", "int8"], "no dtype 'int8': choose from float32"),
+        (["--dtype", "float16", "--device", "cpu"], "float16 on a CPU is emulated"),
+        (["--peers", "engine,tensorflow"], "no peer 'tensorflow'"),
+        (["--peers", "engine-fresh"], "only with --background"),
+        (["--device", "tpu"], "no device 'tpu'"),
+        (["--output-json", "no/such/folder/r.json"], "no folder 'no/such/folder'"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dualdiff-bench: ")
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_committed_records_are_what_the_readme_shows() -> None:
+    root = Path(__file__).parent.parent
+    assert readme.generate(root) == (root / "README.md").read_text("utf-8")
