@@ -2,7 +2,7 @@
 
 A `.safetensors` header is checked before a tensor is read. A `.bin` is a pickle: it is opened only
 when the caller says so, always with `weights_only`, and only in the zip form that `torch.save`
-writes. What the names mean is `dualdiff_engine.adapters`' business.
+writes, naming nothing but tensors. What the tensors mean is `dualdiff_engine.adapters`' business.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ import hashlib
 import json
 import math
 import pickle
+import pickletools
 import re
+import shlex
 import stat
 import struct
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.errors import AdapterError, OutputError
 
 STEM = "pytorch_lora_weights"
 
@@ -32,77 +38,113 @@ MAX_FILE_BYTES = 3 << 30
 MAX_TENSORS = 8192
 MAX_HEADER_BYTES = 4 << 20
 MAX_NAME = 256
+# an adapter needs two; other families' tensors are to be refused by name, not here
+MAX_DIMS = 8
 FLOAT_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# what the pickle of a flat dict of tensors calls; `weights_only` alone would also run `bytearray`,
+# which a hundred bytes of pickle can fill a machine's memory with
+_PICKLE_NAMES = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Z]\w+Storage"
+)
+# four or five a tensor; CPython hashes tuples by recursion and crashes on one nested deeply
+_MAX_TUPLES = 8 * MAX_TENSORS
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterError(
+            f"{str(path)!r} cannot be read ({error.strerror or error}): check the path and its "
+            "permissions"
+        ) from error
 
 
 def find(source: str | Path, *, allow_pickle: bool) -> Path:
     """The weights file of a file, an adapter folder, or a `checkpoint-N` folder."""
     path = Path(source)
-    if path.is_dir():
-        candidates = [path / f"{STEM}.safetensors", path / f"{STEM}.bin"]
-        found = [p for p in candidates if p.exists()]
-        if not found:
-            steps = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
-            hint = (
-                f"; it holds {', '.join(steps[:8])}: pass one of them"
-                if steps
-                else f"; expected {STEM}.safetensors"
-            )
-            raise AdapterError(f"no adapter in folder {str(path)!r}{hint}")
-        path = found[0]
-    if not path.exists():
-        raise AdapterError(f"no adapter at {str(path)!r}: check the path")
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise AdapterError(f"{str(path)!r} is not a regular file")
+    with _readable(path):
+        if path.is_dir():
+            path = _find_in(path)
+        if not path.exists():
+            raise AdapterError(f"no adapter at {str(path)!r}: check the path")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise AdapterError(f"{str(path)!r} is not a regular file: pass a .safetensors file")
     if path.suffix not in (".safetensors", ".bin"):
         raise AdapterError(
             f"{path.name!r} is neither .safetensors nor .bin: rename it if it is an adapter"
         )
     if path.suffix == ".bin" and not allow_pickle:
+        target = path.with_suffix(".safetensors")
         raise AdapterError(
             f"{str(path)!r} is a pickle, which can run code when opened; convert it once with\n"
-            f"    dualdiff convert {path} {path.with_suffix('.safetensors')}\n"
+            f"    dualdiff convert {shlex.quote(str(path))} {shlex.quote(str(target))}\n"
             "and use the result (or pass allow_pickle=True for a file you trust)"
         )
     return path
 
 
+def _find_in(folder: Path) -> Path:
+    for name in (f"{STEM}.safetensors", f"{STEM}.bin"):
+        if (folder / name).exists():
+            return folder / name
+    steps = [p.name for p in folder.glob("checkpoint-*") if p.is_dir()]
+    # by number, latest first
+    steps.sort(key=lambda name: (len(name), name), reverse=True)
+    hint = (
+        f"it holds {', '.join(steps[:8])}: pass one of them"
+        if steps
+        else f"expected {STEM}.safetensors"
+    )
+    raise AdapterError(f"no adapter in folder {str(folder)!r}; {hint}")
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """All tensors of a file that `find` returned, on the CPU, floating point, checked finite."""
-    size = path.stat().st_size
-    if size == 0:
-        raise AdapterError(f"{path.name} is empty: copy it again")
-    if size > MAX_FILE_BYTES:
-        raise AdapterError(
-            f"{path.name} has {size:,} bytes; an adapter has {MAX_FILE_BYTES:,} at most"
-        )
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    with _readable(path):
+        size = path.stat().st_size
+        if size == 0:
+            raise AdapterError(f"{path.name!r} is empty: copy it again")
+        if size > MAX_FILE_BYTES:
+            raise AdapterError(
+                f"{path.name!r} has {size:,} bytes; an adapter has {MAX_FILE_BYTES:,} at most: "
+                "check that it is the right file"
+            )
+        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not tensors:
-        raise AdapterError(f"{path.name} holds no tensors")
+        raise AdapterError(f"{path.name!r} holds no tensors: check that it is the right file")
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
-                f"{path.name}: {name} holds NaN or infinity; the training diverged or the file is "
-                "damaged: use an earlier checkpoint"
+                f"{path.name!r}: {name} holds NaN or infinity; the training diverged or the file "
+                "is damaged: use an earlier checkpoint"
             )
     return tensors
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `.safetensors` so that a crash leaves the old file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `.safetensors` so that a crash leaves the old file or none. Raises OutputError."""
     partial = path.with_name(path.name + ".partial")
+    # safetensors refuses shared memory, and would lose the sign of a negated view
+    own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"format": "pt"})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(own, partial, {"format": "pt"})
         partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error}): choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _check_header(path: Path) -> None:
@@ -110,111 +152,195 @@ def _check_header(path: Path) -> None:
 
     Layout: https://github.com/huggingface/safetensors, "Format".
     """
+    header, room = _header(path)
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    _check_names(path, list(entries))
+    for name, entry in entries.items():
+        _check_entry(f"{path.name!r}: {name}", entry, room)
+
+
+def _header(path: Path) -> tuple[dict[str, object], int]:
+    """The parsed header, and how many bytes of tensors follow it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise AdapterError(f"{path.name} is cut off after {size} bytes: copy it again")
+            raise AdapterError(f"{path.name!r} is cut off after {size} bytes: copy it again")
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_BYTES or length > size - 8:
             raise AdapterError(
-                f"{path.name} claims a header of {length:,} bytes in a file of {size:,}: it is "
-                "damaged or not a safetensors file"
+                f"{path.name!r} claims a header of {length:,} bytes in a file of {size:,}: it is "
+                "damaged, copy it again, or a renamed pickle, which must end in .bin"
             )
         header_bytes = file.read(length)
     try:
-        header = json.loads(header_bytes)
-        entries = {str(k): v for k, v in header.items() if k != "__metadata__"}
-        shapes = {k: (v["dtype"], v["shape"], v["data_offsets"]) for k, v in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        header = json.loads(header_bytes, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise AdapterError(
-            f"{path.name} has no readable safetensors header: copy it again"
+            f"{path.name!r} has no readable safetensors header ({error}): copy it again"
         ) from error
-    _check_names(path, list(shapes))
-    for name, (dtype, shape, offsets) in shapes.items():
-        if dtype not in FLOAT_DTYPES:
-            raise AdapterError(
-                f"{path.name}: {name} is {dtype!r}; adapters hold floating point only"
-            )
-        plausible = isinstance(shape, list) and all(
-            isinstance(n, int) and 0 < n <= size for n in shape
+    if not isinstance(header, dict):
+        raise AdapterError(f"{path.name!r} has a header that is no JSON object: copy it again")
+    return header, size - 8 - length
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object without the duplicate names that `json` would let the last one win."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice[:MAX_NAME]!r} is there twice")
+    return content
+
+
+def _check_entry(where: str, entry: object, room: int) -> None:
+    """Dtype, shape and place of one tensor in a safetensors header."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        raise AdapterError(
+            f"{where} lacks dtype, shape or data_offsets: the header is damaged, copy it again"
         )
-        claimed = math.prod(shape) * FLOAT_DTYPES[dtype] if plausible else -1
-        if not (
-            isinstance(offsets, list)
-            and len(offsets) == 2
-            and all(isinstance(n, int) for n in offsets)
-            and 0 <= offsets[0] <= offsets[1] <= size - 8 - length
-            and offsets[1] - offsets[0] == claimed
-        ):
-            raise AdapterError(
-                f"{path.name}: the header's shape and place of {name} do not fit the file of "
-                f"{size:,} bytes: it is cut off or damaged, copy it again"
-            )
+    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+        raise AdapterError(
+            f"{where} is {str(dtype)[:40]!r}; adapters hold floating point only: save it as F32"
+        )
+    plausible = _counts(shape, room) and len(shape) <= MAX_DIMS and 0 not in shape
+    plausible = plausible and _counts(place, room) and len(place) == 2
+    if not plausible or place[1] - place[0] != math.prod(shape) * FLOAT_DTYPES[dtype]:
+        raise AdapterError(
+            f"{where} claims shape {str(shape)[:60]} at {str(place)[:60]} of {room:,} bytes, which "
+            "does not fit: the file is cut off or damaged, copy it again"
+        )
+
+
+def _counts(numbers: object, limit: int) -> bool:
+    # `True` is an int to Python, and none to safetensors
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n <= limit for n in numbers)
 
 
 def _check_names(path: Path, names: list[str]) -> None:
     if len(names) > MAX_TENSORS:
         raise AdapterError(
-            f"{path.name} holds {len(names):,} tensors; an adapter has {MAX_TENSORS} at most"
+            f"{path.name!r} holds {len(names):,} tensors; an adapter has {MAX_TENSORS:,} at most: "
+            "check that it is the right file"
         )
     for name in names:
         if len(name) > MAX_NAME or not re.fullmatch(r"[\w.\-]+", name, re.ASCII):
-            raise AdapterError(f"{path.name} holds a tensor with an unusable name: {name[:80]!r}")
+            raise AdapterError(
+                f"{path.name!r} holds a tensor with an unusable name, {name[:80]!r}: check that it "
+                "is the right file"
+            )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     _check_header(path)
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise AdapterError(
-            f"{path.name} is not a sound safetensors file ({error}): copy it again"
+            f"{path.name!r} is not a sound safetensors file ({error}): copy it again"
         ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise AdapterError(
-            f"{path.name} is not what torch.save writes (cut off, or an old pickle): copy it again, "
-            "or save it again with a current PyTorch"
-        ) from error
-    # torch.save stores without compression; anything else is a decompression bomb
-    if len(entries) > MAX_TENSORS or sum(entry.file_size for entry in entries) > size:
-        raise AdapterError(f"{path.name} unpacks to more than its own size: refused")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise AdapterError(
-            f"{path.name} holds more than tensors and was not opened: ask its author for .safetensors"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(
-            f"{path.name} is damaged ({type(error).__name__}): copy it again"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            _check_archive(path, file)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except AdapterError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise AdapterError(
+                f"{path.name!r} holds more than tensors and was not opened: ask its author for "
+                ".safetensors"
+            ) from error
+        # a stranger's program for two interpreters: whatever they raise, the file is at fault
+        except Exception as error:
+            raise AdapterError(
+                f"{path.name!r} is damaged ({type(error).__name__}): copy it again"
+            ) from error
     return _plain_tensors(path, content)
 
 
-def _plain_tensors(path: Path, content: object) -> dict[str, Tensor]:
-    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-        raise AdapterError(f"{path.name} is not a flat dict of named tensors")
-    _check_names(path, list(content))
-    total = 0
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise AdapterError(f"{path.name}: {name} is not a plain tensor")
-        if tensor.dtype not in FLOATS or tensor.numel() == 0:
-            raise AdapterError(
-                f"{path.name}: {name} is {tensor.dtype}, {tuple(tensor.shape)}; expected floating point"
-            )
-        total += tensor.numel() * tensor.element_size()
-    # expanded views claim gigabytes that the file does not hold
-    if total > path.stat().st_size:
+def _check_archive(path: Path, file: BinaryIO) -> None:
+    """Refuse what unpacks to more than the file holds, and pickles that name more than tensors."""
+    size = path.stat().st_size
+    # zipfile also finds an archive behind another pickle, torch.load then reads that pickle
+    if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
         raise AdapterError(
-            f"{path.name} claims {total:,} bytes of tensors in a smaller file: refused"
+            f"{path.name!r} is not what torch.save writes: copy it again; an old pickle must be "
+            "saved again with a current PyTorch, a renamed .safetensors named so"
         )
-    return {name: tensor.detach() for name, tensor in content.items()}
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        # torch.save stores without compression; anything else is a decompression bomb
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > size:
+            raise AdapterError(
+                f"{path.name!r} unpacks to more than its own size: ask its author for .safetensors"
+            )
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        # torch's reader takes either case, and would load a storage once for every spelling
+        names = [entry.filename.lower() for entry in entries]
+        storages = [name.partition("/data/")[2] for name in names if "/data/" in name]
+        numbered = all(storage.isdigit() for storage in storages)
+        if len(pickles) != 1 or len(set(names)) < len(names) or not numbered:
+            raise AdapterError(
+                f"{path.name!r} is not laid out as torch.save does ({len(pickles)} pickles among "
+                f"{len(names)} files): ask its author for .safetensors"
+            )
+        if pickles[0].file_size > MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"{path.name!r} has a pickle of {pickles[0].file_size:,} bytes, an adapter's has "
+                f"{MAX_HEADER_BYTES:,} at most: ask its author for .safetensors"
+            )
+        _check_opcodes(path, archive.read(pickles[0]))
+
+
+def _check_opcodes(path: Path, program: bytes) -> None:
+    """Look at a pickle without running it."""
+    tuples = 0
+    for opcode, argument, _ in pickletools.genops(program):
+        tuples += opcode.name.startswith("TUPLE")
+        if opcode.name == "GLOBAL" and not _PICKLE_NAMES.fullmatch(str(argument)):
+            named = str(argument)[:80].replace(" ", ".")
+            raise AdapterError(
+                f"{path.name!r} names {named!r}, more than tensors need, and was not opened: ask "
+                "its author for .safetensors"
+            )
+    if tuples > _MAX_TUPLES:
+        raise AdapterError(
+            f"{path.name!r} holds {tuples:,} tuples, more than tensors need: ask its author for "
+            ".safetensors"
+        )
+
+
+def _plain_tensors(path: Path, content: object) -> dict[str, Tensor]:
+    # a pickle can hang an attribute `items` on a dict: ask the type, not the object
+    pairs = list(dict.items(content)) if isinstance(content, dict) else None
+    if pairs is None or not all(isinstance(name, str) for name, _ in pairs):
+        raise AdapterError(
+            f"{path.name!r} is not a flat dict of named tensors: save only the adapter's tensors"
+        )
+    _check_names(path, [name for name, _ in pairs])
+    tensors: dict[str, Tensor] = {}
+    size, claimed = path.stat().st_size, 0
+    for name, value in pairs:
+        where = f"{path.name!r}: {name}"
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise AdapterError(f"{where} is not a plain tensor: save only the adapter's tensors")
+        if value.dtype not in FLOATS or value.numel() == 0:
+            raise AdapterError(
+                f"{where} is {value.dtype} of shape {tuple(value.shape)}; expected floating point "
+                "and some elements: save it as torch.float32"
+            )
+        # expanded views claim gigabytes that the file does not hold
+        claimed += value.numel() * value.element_size()
+        if claimed > size:
+            raise AdapterError(
+                f"{where} brings the tensors to {claimed:,} bytes in a file of {size:,}: ask its "
+                "author for .safetensors"
+            )
+        tensors[name] = value.detach()
+    return tensors

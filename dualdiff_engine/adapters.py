@@ -8,7 +8,7 @@ background blend and LoRA on the text encoder.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,22 @@ _MLP_PART = re.compile(r"temporal_condition_mlp\.([01])\.(weight|bias)")
 _TEXT_KEY = re.compile(
     r"text_encoder\.(?P<layer>.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight"
 )
+
+_USE_OURS = "pass one that DualAnoDiff trained"
+_INCOMPLETE = "the adapter is incomplete, use an intact copy or another checkpoint"
+
+# what names of other families look like, the telling ones first
+_FAMILIES = {
+    r"lora_(unet|te\d?|transformer)_": "a kohya-style LoRA",
+    r"text_encoder_[23]\.": "an SDXL or SD3 LoRA",
+    r"transformer\.": "a LoRA of a transformer model (Flux, SD3)",
+    r".*\.lora_(A|B|magnitude_vector)\b": "a PEFT LoRA",
+    r".*\.(lora|lora_linear_layer)\.(down|up)\.": "a one-branch diffusers LoRA",
+    r".*processor\.to_\w+_lora\.(down|up)\.": "a plain, one-branch diffusers LoRA",
+    r".*alpha$": "a LoRA scaled by alpha",
+    r".*\b(hada_w\d|lokr_w\d)": "a LyCORIS adapter",
+    r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a whole checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,10 @@ def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
 
 
 def convert(source: str | Path, target: str | Path) -> Adapter:
-    """Read any adapter, a pickle too, and write it as `.safetensors` under the same names."""
+    """Read any adapter, a pickle too, and write it as `.safetensors` under the same names.
+
+    Raises AdapterError, OutputError.
+    """
     target = Path(target)
     if target.suffix != ".safetensors":
         raise AdapterError(f"{str(target)!r} must end in .safetensors")
@@ -130,22 +149,25 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         else:
             raise AdapterError(_foreign(name))
     if not site_parts:
-        raise AdapterError("the file holds no UNet sites: it is not a DualAnoDiff adapter")
+        raise AdapterError(
+            f"{next(iter(tensors), 'the file')}: no UNet site beside it, so this is no DualAnoDiff "
+            f"adapter; {_USE_OURS}"
+        )
     background = any("temporal_a" in parts for parts in site_parts.values())
+    _check_chained(chained, background)
     sites = {
-        site: _site(site, _Parts(f"unet.{site}.processor", site_parts[site]), background)
+        site: _site(site, _Parts(_prefix(site, site in chained), site_parts[site]), background)
         for site in sorted(site_parts)
     }
-    _check_chained(chained, background)
     text = {
         layer: _text_layer(_Parts(f"text_encoder.{layer}", text_parts[layer]))
         for layer in sorted(text_parts)
     }
-    _one_rank("text encoder", [p for layer in text.values() for p in layer.values()])
+    _one_rank("text_encoder.", tensors)
     return Adapter(
         sites=sites,
         text=text,
-        rank=_one_rank("UNet", [p for s in sites.values() for b in s.lora for p in b.values()]),
+        rank=_one_rank("unet.", tensors),
         parameters=sum(t.numel() for t in tensors.values()),
         sha256=sha256,
         source=source,
@@ -157,18 +179,15 @@ def _known_part(part: str) -> bool:
     return part == "temporal_a" or any(p.fullmatch(part) for p in patterns)
 
 
+def _prefix(site: str, chained: bool) -> str:
+    return f"unet.{site}.processor" + (".chained_proc" if chained else "")
+
+
 def _foreign(name: str) -> str:
     """Why a name is not ours, guessing the family it comes from."""
-    families = {
-        r"lora_(unet|te\d?)_": "a kohya-style LoRA",
-        r".*\.lora_[AB]\.": "a PEFT LoRA",
-        r"text_encoder_2\.": "an SDXL LoRA",
-        r"(unet\.)?.*processor\.to_\w+_lora\.(down|up)\.": "a plain, one-branch diffusers LoRA",
-        r"transformer\.": "a LoRA of a transformer model",
-    }
-    for pattern, family in families.items():
+    for pattern, family in _FAMILIES.items():
         if re.match(pattern, name):
-            return f"{name}: this is {family}, not a two-branch DualAnoDiff adapter"
+            return f"{name}: this is {family}, no two-branch DualAnoDiff adapter; {_USE_OURS}"
     return f"{name} is not part of a DualAnoDiff adapter: remove it or retrain"
 
 
@@ -176,8 +195,8 @@ def _check_chained(chained: set[str], background: bool) -> None:
     for site in sorted(chained):
         if not background or not site.endswith("attn1"):
             raise AdapterError(
-                f"unet.{site}.processor.chained_proc: only self-attention of an adapter with "
-                "background has this; background tensors are missing or the name is wrong"
+                f"{_prefix(site, True)}: only self-attention of an adapter with background has "
+                "this: drop `chained_proc.` from the name, or add the missing background tensors"
             )
 
 
@@ -190,7 +209,7 @@ class _Parts:
 
     def take(self, name: str, *shape: int | None) -> Tensor:
         if name not in self.tensors:
-            raise AdapterError(f"{self.prefix}.{name} is missing: the adapter is incomplete")
+            raise AdapterError(f"{self.prefix}.{name} is missing: {_INCOMPLETE}")
         tensor = self.tensors[name]
         fits = tensor.dim() == len(shape) and all(
             want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
@@ -199,7 +218,7 @@ class _Parts:
             want = ["any" if n is None else n for n in shape]
             raise AdapterError(
                 f"{self.prefix}.{name} has shape {list(tensor.shape)}, expected {want}: the file "
-                "is damaged or from another model"
+                "is damaged or of another model, use an intact copy"
             )
         return tensor
 
@@ -222,7 +241,10 @@ def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
     )
     widths = {lora[b][p].down.shape[1] for b in range(len(BRANCHES)) for p in ("k", "v")}
     if len(widths) > 1:
-        raise AdapterError(f"{parts.prefix}: k and v read contexts of different widths {widths}")
+        raise AdapterError(
+            f"{parts.prefix}: k and v read contexts of different widths {sorted(widths)}: the file "
+            "is damaged, use an intact copy"
+        )
     interaction = {
         ours: parts.affine(f"temporal_{theirs}", *([channels] * (1 if theirs == "n" else 2)))
         for theirs, ours in _INTERACTION.items()
@@ -240,8 +262,8 @@ def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
         blend = loaded if is_self else None
     elif blend_parts:
         raise AdapterError(
-            f"{parts.prefix}.{blend_parts[0]}: a background tensor, but temporal_a is nowhere in the "
-            "file: the adapter is incomplete"
+            f"{parts.prefix}.{blend_parts[0]}: a background tensor, but temporal_a is nowhere in "
+            f"the file: {_INCOMPLETE}"
         )
     return SiteAdapter((lora[0], lora[1]), interaction, blend)
 
@@ -251,11 +273,23 @@ def _text_layer(parts: _Parts) -> Mapping[str, LowRank]:
     return {p: parts.low_rank(f"to_{p}_lora", width, width) for p in PROJECTIONS}
 
 
-def _one_rank(where: str, pairs: list[LowRank]) -> int:
-    ranks = {pair.down.shape[0] for pair in pairs}
-    if len(ranks) > 1:
-        raise AdapterError(f"the {where} LoRA mixes ranks {sorted(ranks)}: the file is damaged")
-    return ranks.pop() if ranks else 0
+def _one_rank(where: str, tensors: Mapping[str, Tensor]) -> int:
+    """The rank of all LoRA under a prefix, 0 if there is none."""
+    ranks = {
+        name: tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.startswith(where) and name.endswith(".down.weight")
+    }
+    if not ranks:
+        return 0
+    ((usual, _),) = Counter(ranks.values()).most_common(1)
+    for name, rank in ranks.items():
+        if rank != usual:
+            raise AdapterError(
+                f"{name} has rank {rank}, the others {usual}: the file is damaged, use an intact "
+                "copy"
+            )
+    return usual
 
 
 def check_fits(
@@ -274,17 +308,23 @@ def check_fits(
         have = (site.channels, site.lora[0]["k"].down.shape[1])
         if have != sites[name]:
             raise AdapterError(
-                f"unet.{name} has (channels, context width) {have}, the base {sites[name]}; {remedy}"
+                f"unet.{name} has (channels, context width) {have}, the base has {sites[name]}; "
+                f"{remedy}"
             )
     if missing := sorted(set(sites) - set(adapter.sites)):
-        raise AdapterError(f"unet.{missing[0]} is missing: every site of the base needs its part")
+        raise AdapterError(
+            f"unet.{missing[0]} is missing, and every site of the base needs its part; {remedy}"
+        )
     for layer, pairs in adapter.text.items():
-        if text_layers.get(layer) != pairs["q"].down.shape[1]:
+        width = pairs["q"].down.shape[1]
+        if layer not in text_layers:
+            raise AdapterError(f"text_encoder.{layer}: the base model has no such layer; {remedy}")
+        if text_layers[layer] != width:
             raise AdapterError(
-                f"text_encoder.{layer} does not fit the base's text encoder; {remedy}"
+                f"text_encoder.{layer} has width {width}, the base's {text_layers[layer]}; {remedy}"
             )
     if adapter.text and (missing := sorted(set(text_layers) - set(adapter.text))):
-        raise AdapterError(f"text_encoder.{missing[0]} is missing: the text LoRA is incomplete")
+        raise AdapterError(f"text_encoder.{missing[0]} is missing: {_INCOMPLETE}")
 
 
 def summary(adapter: Adapter) -> dict[str, object]:
