@@ -92,7 +92,7 @@ class TransformerBlock(nn.Module):
         hidden = self.attn1(normed, hidden, call)
         hidden = self.attn2(self.norm2(hidden), hidden, call)
         gated = self.ops.geglu(self.norm3(hidden), self.ff_in.weight, self.ff_in.bias)
-        return self.ops.linear(gated, self.ff_out.weight, self.ff_out.bias).add_(hidden)
+        return self.ops.linear(gated, self.ff_out.weight, self.ff_out.bias, hidden)
 
 
 class Transformer(nn.Module):
@@ -114,8 +114,9 @@ class Transformer(nn.Module):
         hidden = self.ops.linear(tokens, self.proj_in.weight, self.proj_in.bias)
         for block in self.transformer_blocks:
             hidden = block(hidden, call)
-        hidden = self.ops.linear(hidden, self.proj_out.weight, self.proj_out.bias)
-        return as_map(hidden, size).add_(call.all_rows(x))
+        residual = as_tokens(call.all_rows(x))
+        hidden = self.ops.linear(hidden, self.proj_out.weight, self.proj_out.bias, residual)
+        return as_map(hidden, size)
 
 
 def as_tokens(x: Tensor) -> Tensor:

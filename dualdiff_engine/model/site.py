@@ -74,23 +74,19 @@ class SelfSite(Site):
 
     def forward(self, hidden: Tensor, residual: Tensor, call: Call) -> Tensor:
         """hidden (normed) and residual [N, S, C] -> residual + site output [N, S, C]."""
-        flat = hidden.view(call.branches, -1, self.channels)
-        qkv = self.ops.branch_linear(flat, self.qkv_weight[: call.branches])
+        weight = self.qkv_weight[: call.branches]
+        if call.background is None:
+            flat = hidden.view(call.branches, -1, self.channels)
+            qkv = self.ops.branch_linear(flat, weight)
+        else:
+            # the shares tell the guidance rows apart
+            hidden, residual = call.all_rows(hidden), call.all_rows(residual)
+            flat = hidden.view(call.branches, -1, self.channels)
+            share = call.background[self.index]
+            qkv = self.ops.branch_linear(flat, weight, None, share, self.background_keep)
         qkv = qkv.view(*hidden.shape[:2], 3 * self.channels)
-        if call.background is not None:
-            qkv = self.join_background(call.all_rows(qkv), call)
-            residual = call.all_rows(residual)
         attended = self.ops.attention(*qkv.chunk(3, dim=-1), self.heads)
         return self.finish(attended, residual, call)
-
-    def join_background(self, qkv: Tensor, call: Call) -> Tensor:
-        """K_0 <- (1 - a) K_0 + dK, and V_0 alike, in place on the projection just made."""
-        assert call.background is not None
-        image = qkv[: call.rows * call.batch].unflatten(0, (call.rows, call.batch))
-        own = image[..., self.channels :]
-        share = call.background[self.index].unsqueeze(1)
-        own.copy_(torch.addcmul(share, own, self.background_keep))
-        return qkv
 
     def background_share(self, hidden: Tensor) -> Tensor:
         """dK and dV of the image branch: [rows, S, C] of the background pass -> [rows, S, 2·C]."""

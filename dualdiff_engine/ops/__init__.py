@@ -1,13 +1,15 @@
 """The ops of the network, each bound once to the backend that serves it.
 
 `bind` is called when an engine is built; what it returns is plain callables, so that nothing is
-decided inside the denoising loop.
+decided inside the denoising loop. A backend is a module of this package, loaded when it is looked
+at: it holds its ops under their names and `supported(op, device, dtype) -> (ok, reason)`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,10 +17,9 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.ops import onednn, reference
 
-# fastest first: `auto` takes the first that is supported
-BACKENDS: dict[str, ModuleType] = {"onednn": onednn, "reference": reference}
+# fastest first: `auto` takes the first that serves an op
+BACKENDS = ("triton", "native", "onednn", "reference")
 
 
 class Choice(NamedTuple):
@@ -43,25 +44,22 @@ class Ops:
     table: tuple[Choice, ...]
 
 
-NAMES = tuple(name for name in Ops.__dataclass_fields__ if name != "table")
+NAMES = tuple(field.name for field in fields(Ops) if field.name != "table")
+
+
+def backend_module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def _choose(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    rejected: list[str] = []
-    for name, module in BACKENDS.items():
-        if not hasattr(module, op) or wanted not in ("auto", name):
-            continue
-        if module is reference:
-            reason = "; ".join(["plain PyTorch", *rejected])
-            return Choice(op, name, reason)
-        ok, reason = module.supported(device, dtype)
+    """The first backend that serves the op, of all or of the one wanted, else the reference."""
+    reasons = []
+    for name in BACKENDS if wanted == "auto" else (wanted, "reference"):
+        ok, reason = backend_module(name).supported(op, device, dtype)
         if ok:
-            return Choice(op, name, reason)
-        if wanted == name:
-            raise BackendError(f"backend {name!r} cannot run {op!r} here: {reason}")
-        rejected.append(f"not {name}: {reason}")
-    # a backend need not have every op; what it lacks is the reference's
-    return Choice(op, "reference", f"plain PyTorch; {wanted} has no {op} of its own")
+            return Choice(op, name, "; ".join([reason, *reasons]))
+        reasons.append(f"not {name}: {reason}")
+    raise BackendError(f"no backend runs {op} on {device} in {dtype}: {'; '.join(reasons)}")
 
 
 def bind(
@@ -72,12 +70,15 @@ def bind(
 ) -> Ops:
     """Choose a backend for every op.
 
-    backend: `auto` (fastest that is supported, with the reason), or a name of `BACKENDS`.
-    Raises BackendError, with the reason, when an explicit request cannot be met.
+    backend: `auto` (fastest that is supported, with the reason), or a name of `BACKENDS`, which
+    serves what ops it has and leaves the others to the reference.
+    Raises BackendError, with the reason, when an explicit request serves nothing here.
     """
     if backend != "auto" and backend not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise BackendError(f"unknown backend {backend!r}; this version has: {known}")
     table = tuple(_choose(op, backend, torch.device(device), dtype) for op in NAMES)
-    bound = {row.op: getattr(BACKENDS[row.backend], row.op) for row in table}
+    if backend != "auto" and all(row.backend != backend for row in table):
+        raise BackendError(f"backend {backend!r} cannot be used: {table[0].reason}")
+    bound = {row.op: getattr(backend_module(row.backend), row.op) for row in table}
     return Ops(**bound, table=table)

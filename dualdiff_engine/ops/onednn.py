@@ -15,7 +15,13 @@ from torch import Tensor
 from dualdiff_engine.ops import reference
 
 
-def supported(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+OPS = ("linear", "branch_linear", "exchange", "geglu")
+
+
+def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether this backend serves an op here, and why or why not."""
+    if op not in OPS:
+        return False, f"has no {op}"
     if device.type != "cpu":
         return False, f"oneDNN serves the CPU, the engine is on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -27,9 +33,14 @@ def supported(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     return True, "fp32 and bf16 products at the rate of the vector units"
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """As `reference.linear`; weight must be contiguous."""
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    product = torch.ops.mkldnn._linear_pointwise
+    if residual is None:
+        return product(input, weight, bias, "none", [], "")
+    return product.binary(input, residual, weight, bias, "add")
 
 
 branch_linear = partial(reference.branch_linear, linear=linear)

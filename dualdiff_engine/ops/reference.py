@@ -12,41 +12,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Linear = Callable[..., Tensor]
 
 INTERACTION_EPS = 1e-6
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + b. input [..., C], weight [D, C], bias [D] -> [..., D]."""
-    return F.linear(input, weight, bias)
+def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Every op, everywhere."""
+    return True, "plain PyTorch"
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """y = x Wᵀ + b + residual.
+
+    input [..., C], weight [D, C], bias [D], residual [..., D] -> [..., D], in the input's dtype.
+    """
+    out = F.linear(input, weight, bias)
+    return out if residual is None else out.add_(residual)
 
 
 def branch_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, linear: Linear = linear
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    share: Tensor | None = None,
+    keep: Tensor | None = None,
+    *,
+    linear: Linear = linear,
 ) -> Tensor:
     """y_f = x_f W_fᵀ + b: one weight per branch, one bias for all.
 
-    input [F, ..., C], weight [F, D, C], bias [D] -> [F, ..., D], in the input's dtype.
+    input [F, M, C], weight [F, D, C], bias [D] -> [F, M, D], in the input's dtype. With share
+    [R, S, E] and keep [1], the last E columns of branch 0, rows [R, B, S] of it, become
+    keep · y_0 + share: the background joins keys and values.
     """
     if weight.shape[0] == 1:
-        return linear(input, weight[0], bias)
-    out = input.new_empty(*input.shape[:-1], weight.shape[1])
-    for branch in range(weight.shape[0]):
-        out[branch] = linear(input[branch], weight[branch], bias)
+        out = linear(input[0], weight[0], bias)[None]
+    else:
+        out = input.new_empty(*input.shape[:-1], weight.shape[1])
+        for branch in range(weight.shape[0]):
+            out[branch] = linear(input[branch], weight[branch], bias)
+    if share is not None:
+        rows, positions, width = share.shape
+        own = out[0].view(rows, -1, positions, weight.shape[1])[..., -width:]
+        own.copy_(torch.addcmul(share.unsqueeze(1), own, keep))
     return out
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v per head, no mask.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    more_key: Tensor | None = None,
+    more_value: Tensor | None = None,
+) -> Tensor:
+    """softmax(q [k, k']ᵀ / sqrt(D)) [v, v'] per head, no mask.
 
-    query [N, S, C], key and value [N, L, C]; last dimension contiguous, rows may be strided (views
-    into a packed projection) -> [N, S, C] contiguous. Softmax statistics in fp32.
+    query [N, S, C], key and value [N, L, C], and optionally a second source of both [N, L', C],
+    joined in the same softmax; last dimension contiguous, rows may be strided (views into a packed
+    projection) -> [N, S, C] contiguous. Softmax statistics in fp32.
     """
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
+    if more_key is not None and more_value is not None:
+        key, value = torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1)
     out = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
     return out.transpose(1, 2).flatten(2)
 
@@ -75,14 +109,13 @@ def exchange(
     channels = input.shape[-1]
     normed = F.layer_norm(input, (channels,), eps=eps)
     difference = normed[0] - normed[1]
-    projected = linear(difference, gate_weight, None)
+    projected = linear(difference, gate_weight)
     # m·d rides on the same pass over d as a matrix-vector product
     shared = torch.mv(difference.float(), gate_bias.float())
     scores = (normed.float() * projected).sum(-1) + shared
     gate = torch.sigmoid(scores).unsqueeze(-1).to(input.dtype)
     mixed = torch.addcmul(normed[1], gate, difference)
-    out = linear(mixed, value_weight, value_bias)
-    return out.add_(input).add_(residual)
+    return linear(mixed, value_weight, value_bias, residual).add_(input)
 
 
 def group_norm_silu(

@@ -1,0 +1,57 @@
+"""Triton kernels for NVIDIA GPUs: one op per file, each registered as a PyTorch operator.
+
+Loading this package does not load Triton; an op's module is loaded when the op is first asked for.
+Under TRITON_INTERPRET=1 the same kernels run on a CPU, slowly: that is how they are tested.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+# op -> the module that holds it
+OPS = {
+    "linear": "branch_linear",
+    "branch_linear": "branch_linear",
+    "attention": "attention",
+    "exchange": "exchange",
+    "group_norm_silu": "group_norm_silu",
+    "geglu": "geglu",
+    "guided_step": "guided_step",
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Ampere: the first with asynchronous copies and bf16 tensor cores
+OLDEST = (8, 0)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter; Triton itself reads this when it is loaded."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether this backend serves an op here, and why or why not."""
+    if op not in OPS:
+        return False, f"has no {op}"
+    if device.type != "cuda" and not interpreted():
+        return False, f"needs an NVIDIA GPU, the engine is on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed: pip install dualdiff-engine[triton]"
+    if dtype not in DTYPES:
+        return False, f"no {dtype} kernels"
+    if interpreted():
+        return True, "in Triton's interpreter"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return False, "needs compute capability 8.0, this GPU has {}.{}".format(*capability)
+    return True, "fused kernel"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OPS:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f"{__name__}.{OPS[name]}"), name)

@@ -1,0 +1,69 @@
+"""Classifier-free guidance in one pass over the two rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
+
+CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def _guided_step_kernel(noise_ptr, out_ptr, size, guidance, BLOCK: tl.constexpr):
+    """out[f, i] = u + s (c - u); noise [F, 2, size], out [F, size] fp32; grid (blocks, F)."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    branch = tl.program_id(1).to(tl.int64)
+    mask = offsets < size
+    uncond_ptr = noise_ptr + 2 * branch * size + offsets
+    uncond = tl.load(uncond_ptr, mask=mask).to(tl.float32)
+    cond = tl.load(uncond_ptr + size, mask=mask).to(tl.float32)
+    tl.store(out_ptr + branch * size + offsets, uncond + guidance * (cond - uncond), mask=mask)
+
+
+@torch.library.custom_op("dualdiff::guided_step", mutates_args=())
+def guided_step(noise: Tensor, guidance: float) -> Tensor:
+    """As `reference.guided_step`; noise contiguous [F, 2, B, ...]."""
+    if noise.shape[1] != 2 or not noise.is_contiguous():
+        raise ValueError(f"guided_step takes contiguous [F, 2, ...], got {list(noise.shape)}")
+    out = noise.new_empty(noise.shape[0], *noise.shape[2:], dtype=torch.float32)
+    size = out[0].numel()
+    grid = (triton.cdiv(size, CONFIG.blocks["BLOCK"]), noise.shape[0])
+    _guided_step_kernel[grid](noise, out, size, guidance, **CONFIG.arguments)
+    return out
+
+
+@guided_step.register_fake
+def _(noise: Tensor, guidance: float) -> Tensor:
+    return noise.new_empty(noise.shape[0], *noise.shape[2:], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.dualdiff.guided_step)
+def _flops(noise_shape: torch.Size, *_: object, **__: object) -> int:
+    # elementwise work counts as none, as PyTorch's own formulas have it
+    return 0
+
+
+def compilations() -> list[Compilation]:
+    """Every configuration that can be chosen at SD-1.5 shapes."""
+    return [
+        Compilation(
+            name=f"guided_step {kind}",
+            kernel=_guided_step_kernel,
+            signature={
+                "noise_ptr": f"*{kind}",
+                "out_ptr": "*fp32",
+                "size": "i32",
+                "guidance": "fp32",
+                "BLOCK": "constexpr",
+            },
+            constants=CONFIG.blocks,
+            config=CONFIG,
+            tensor_cores=False,
+        )
+        for kind in TRITON_TYPES.values()
+    ]
