@@ -53,7 +53,7 @@ def backend_module(name: str) -> ModuleType:
 
 def _choose(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """The first backend that serves the op, of all or of the one wanted, else the reference."""
-    reasons = []
+    reasons: list[str] = []
     for name in BACKENDS if wanted == "auto" else (wanted, "reference"):
         ok, reason = backend_module(name).supported(op, device, dtype)
         if ok:

@@ -54,7 +54,7 @@ def branch_linear(
         out = input.new_empty(*input.shape[:-1], weight.shape[1])
         for branch in range(weight.shape[0]):
             out[branch] = linear(input[branch], weight[branch], bias)
-    if share is not None:
+    if share is not None and keep is not None:
         rows, positions, width = share.shape
         own = out[0].view(rows, -1, positions, weight.shape[1])[..., -width:]
         own.copy_(torch.addcmul(share.unsqueeze(1), own, keep))
