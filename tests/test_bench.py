@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dualdiff_engine.bench import cli, measure, readme, report
+from dualdiff_engine.bench import cli, measure, readme, report, workers
 from dualdiff_engine.bench.case import Case, RandomWeights, random_adapter
+from dualdiff_engine.errors import DualDiffError
 
 TINY = ["--batch", "1", "--size", "64", "--rounds", "1"]
 
@@ -112,3 +113,12 @@ def test_wrong_arguments(
 def test_committed_records_are_what_the_readme_shows() -> None:
     root = Path(__file__).parent.parent
     assert readme.generate(root) == (root / "README.md").read_text("utf-8")
+
+
+def test_a_peer_that_dies_is_named() -> None:
+    case = Case("small", 1, 10, 8, 8, 2.5, False, 0)
+    with workers.Worker(case, workers.Entry("engine", "float32"), "cpu") as worker:
+        worker.process.kill()
+        worker.process.join()
+        with pytest.raises(DualDiffError, match=r"peer engine float32 died \(exit -9\)"):
+            worker.step(0)
