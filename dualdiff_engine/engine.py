@@ -177,9 +177,9 @@ class Engine:
         """Draw pairs, handing each out as soon as its batch is done.
 
         n: how many, with fresh seeds; or the seeds, one per pair. A pair depends on its own seed,
-        not on its batch. batch: pairs computed at once. steps, guidance, scheduler, size (pixels, one
-        number or height and width): see `Sampling`; by default the released 100 steps at 2.5, or 50
-        at 2.0 with a background, in the base model's own size. latents [n, 2, 4, h, w],
+        not on its batch. batch: pairs computed at once. steps, guidance, scheduler, size (pixels,
+        one number or height and width): see `Sampling`; by default the released 100 steps at 2.5,
+        or 50 at 2.0 with a background, in the base model's own size. latents [n, 2, 4, h, w],
         background_latents [2, 4, h, w] (uncond, cond) and background_noise [calls, 2, 4, h, w]
         replace the draws. segmenter: an ONNX file that makes the masks.
         callback_on_step_end(engine, step, timestep, {"latents": [B, 2, 4, h, w]}) as in diffusers.

@@ -54,8 +54,10 @@ def test_random_adapter_is_in_the_released_format() -> None:
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     cli.main(
-        [*TINY, "--peers", "released,engine,engine-fresh", "--background"]
-        + ["--output-json", str(folder / "r.json"), "--plot", str(folder / "r.png")]
+        [
+            *(*TINY, "--peers", "released,engine,engine-fresh", "--background"),
+            *("--output-json", str(folder / "r.json"), "--plot", str(folder / "r.png")),
+        ]
     )
     assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "r.json").read_text())

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, golden_engine
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import DATA, golden_engine
 from dualdiff_engine import (
     AdapterError,
     BackendError,
@@ -112,10 +112,11 @@ def test_every_scheduler_of_the_base_runs(dual: Engine) -> None:
     tried = []
     for kind in dual.base.scheduler.compatibles:
         try:
-            (pair,) = dual.generate(seeds=[0], steps=4, size=64, scheduler=kind.__name__)
-        except SettingsError as error:
-            assert "needs another package" in str(error), error
+            dual.base.make_scheduler(kind.__name__)
+        except SettingsError:
+            # those that need a package which is not there
             continue
+        (pair,) = dual.generate(seeds=[0], steps=4, size=64, scheduler=kind.__name__)
         tried.append(kind.__name__)
         assert np.isfinite(pixels(pair)).all()
     assert len(tried) >= 12

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from conftest import DATA
 from PIL import Image
 from skimage import data, draw
 
+from conftest import DATA
 from dualdiff_engine import cli
 from dualdiff_engine.bench.sheet import sheet
 
