@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import resource
 import time
@@ -92,14 +93,16 @@ class Worker:
 
     def step(self, index: int) -> tuple[float, int, np.ndarray]:
         """(seconds, peak bytes so far, guided noise)."""
-        self.pipe.send(index)
+        with contextlib.suppress(BrokenPipeError):
+            # a worker that died is reported below
+            self.pipe.send(index)
         answer = self._answer()
         return answer["seconds"], answer["peak"], answer["noise"]
 
     def _answer(self) -> dict[str, Any]:
         try:
             return self.pipe.recv()
-        except EOFError as error:
+        except (EOFError, ConnectionResetError) as error:
             self.process.join()
             raise DualDiffError(
                 f"benchmark peer {self.entry.name} died (exit {self.process.exitcode}); "
@@ -107,7 +110,7 @@ class Worker:
             ) from error
 
     def close(self) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(BrokenPipeError):
             self.pipe.send(None)
         self.process.join(timeout=10)
         self.process.terminate()

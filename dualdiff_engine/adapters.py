@@ -115,6 +115,15 @@ def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
     return parse(adapter_files.read(path), source=str(path), sha256=adapter_files.sha256(path))
 
 
+def default_name(source: str | Path) -> str:
+    """How to call an adapter: its file's name, or its folder's where every file is named alike."""
+    path = Path(source).absolute()
+    if path.stem == adapter_files.STEM:
+        path = path.parent
+    name = path.name.removesuffix(".safetensors").removesuffix(".bin")
+    return f"{path.parent.name}/{name}" if name.startswith("checkpoint-") else name
+
+
 def convert(source: str | Path, target: str | Path) -> Adapter:
     """Read any adapter, a pickle too, and write it as `.safetensors` under the same names.
 

@@ -156,11 +156,14 @@ class BaseModel:
 
 
 def _folder(source: str | Path, revision: str | None, local_files_only: bool) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        return path
-    name = str(source)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    path, name = Path(source), str(source)
+    try:
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except OSError as error:
+        raise BaseModelError(f"no base model at {name[:80]!r}: {error.strerror}") from error
+    if exists or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BaseModelError(f"no base model at {name!r}: pass a diffusers folder or a hub id")
     from huggingface_hub import snapshot_download
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dualdiff_engine import memory
 from dualdiff_engine.background import BackgroundBank
-from dualdiff_engine.errors import OutOfMemoryError
+from dualdiff_engine.errors import OutOfMemoryError, SettingsError
 from dualdiff_engine.masks import MaskResult
 from dualdiff_engine.pair import Pair, present, present_mask, to_uint8
 from dualdiff_engine.sampler import denoise, draw_latents
@@ -29,6 +29,7 @@ StepCallback = Callable[["Engine", int, Tensor, dict[str, Tensor]], dict[str, Te
 class Job:
     """What the batches of a request share; text as from `DualUNet.text_projections`."""
 
+    adapter: str | None
     seeds: tuple[int, ...]
     batch: int
     sampling: Sampling
@@ -43,12 +44,20 @@ class Job:
 
 
 @torch.inference_mode()
-def draw_pairs(engine: Engine, job: Job) -> Iterator[Pair]:
-    """Pairs in the order of their seeds, until done or interrupted. Raises OutOfMemoryError."""
+def draw_pairs(engine: Engine, job: Job) -> Generator[Pair, None, None]:
+    """Pairs in the order of their seeds, until done or interrupted. Raises OutOfMemoryError.
+
+    Raises SettingsError when the adapter is switched between two batches.
+    """
     starts = range(0, len(job.seeds), job.batch)
     calls = len(engine.scheduler(job.sampling).timesteps)
     with tqdm(total=calls * len(starts), disable=not job.progress, unit="step") as bar:
         for start in starts:
+            if engine.active_adapter != job.adapter:
+                raise SettingsError(
+                    f"the stream draws with {job.adapter!r}, which is no longer active: finish or "
+                    "close a stream before switching adapters"
+                )
             clean = _draw(engine, job, start, bar)
             if clean is None:
                 return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Engine:
         with torch.inference_mode():
             engine = cls(model, ops, device, dtype, max_batch)
             if loaded is not None:
-                engine._keep_adapter(loaded, Path(str(adapter)).stem)
+                engine._keep_adapter(loaded, adapters.default_name(str(adapter)))
         return engine
 
     def load_adapter(
@@ -107,10 +107,13 @@ class Engine:
         """Read, check and fold an adapter, keep it resident and make it the active one.
 
         source: a `.safetensors` file, an adapter folder or a `checkpoint-N` folder. name: how to
-        refer to it, by default the file's or folder's. Returns the name. Raises AdapterError.
+        refer to it, by default the file's or folder's. Returns the name. Raises AdapterError, and
+        SettingsError when an adapter of that name is resident.
         """
+        name = name or adapters.default_name(source)
+        if name in self._residents:
+            raise SettingsError(f"an adapter {name!r} is loaded: unload it, or pass another name=")
         loaded = adapters.load(source, allow_pickle=allow_pickle)
-        name = name or Path(source).stem
         self._keep_adapter(loaded, name)
         return name
 
@@ -146,14 +149,14 @@ class Engine:
     def active_adapter(self) -> str | None:
         return self._active
 
-    def generate(self, n: int | None = None, **options: Any) -> list[Pair]:
+    def generate(self, n: int | Sequence[int] | None = None, **options: Any) -> list[Pair]:
         """All pairs of `stream(n, **options)`, in order; after `interrupt`, those finished."""
         return list(self.stream(n, **options))
 
     @torch.inference_mode()
     def stream(
         self,
-        n: int | None = None,
+        n: int | Sequence[int] | None = None,
         *,
         seeds: Sequence[int] | None = None,
         batch: int | None = None,
@@ -170,13 +173,13 @@ class Engine:
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         progress: bool = False,
-    ) -> Iterator[Pair]:
+    ) -> Generator[Pair, None, None]:
         """Draw pairs, handing each out as soon as its batch is done.
 
-        n: how many, with fresh seeds; or seeds: one per pair. A pair depends on its own seed, not
-        on its batch. batch: pairs computed at once. steps, guidance, scheduler, size (pixels, one
-        number or height and width): see `Sampling`; by default the released 100 steps at 2.5, or 50
-        at 2.0 with a background, in the base model's own size. latents [n, 2, 4, h, w],
+        n: how many, with fresh seeds; or the seeds, one per pair. A pair depends on its own seed,
+        not on its batch. batch: pairs computed at once. steps, guidance, scheduler, size (pixels,
+        one number or height and width): see `Sampling`; by default the released 100 steps at 2.5,
+        or 50 at 2.0 with a background, in the base model's own size. latents [n, 2, 4, h, w],
         background_latents [2, 4, h, w] (uncond, cond) and background_noise [calls, 2, 4, h, w]
         replace the draws. segmenter: an ONNX file that makes the masks.
         callback_on_step_end(engine, step, timestep, {"latents": [B, 2, 4, h, w]}) as in diffusers.
@@ -210,11 +213,12 @@ class Engine:
             sampling, spoken, calls, background, background_latents, background_noise
         )
         recipe = describe(self, resident.summary, sampling, spoken, described)
-        recipe["given"] = [] if latents is None else ["latents"]
+        given = {"latents": latents, "background_latents": background_latents}
+        recipe["given"] = [name for name, tensor in given.items() if tensor is not None]
         recipe["segmenter"] = str(segmenter) if segmenter else None
         self.interrupted = False
         job = Job(
-            chosen, batch, sampling, text, bank, latents, segment, output_type,
+            self._active, chosen, batch, sampling, text, bank, latents, segment, output_type,
             callback_on_step_end, progress, recipe,
         )  # fmt: skip
         return draw_pairs(self, job)
@@ -342,7 +346,7 @@ class Engine:
             assert background is not None
             pixels = backgrounds.cut_out(background, sampling.height, sampling.width)
             record["picture_sha256"] = backgrounds.digest(pixels)
-            key = (record["picture_sha256"], sampling.rows, prompts, mode, seed)
+            key = (record["picture_sha256"], shape, sampling.rows, prompts, mode, seed)
             if noise is None and self._bank is not None and self._bank[0] == key:
                 return self._bank[1], record
             latents = backgrounds.encode(self.vae, pixels)

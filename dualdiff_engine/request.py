@@ -56,8 +56,12 @@ def size_of(size: int | Sequence[int] | None, default: int) -> tuple[int, int]:
     raise SettingsError(f"size must be one number or (height, width), got {size!r}")
 
 
-def seeds_of(n: int | None, seeds: Sequence[int] | None, given: int | None) -> tuple[int, ...]:
-    """One seed per pair; `given`: how many pairs have their latents given."""
+def seeds_of(
+    n: int | Sequence[int] | None, seeds: Sequence[int] | None, given: int | None
+) -> tuple[int, ...]:
+    """One seed per pair; n: how many, or the seeds; given: how many pairs have latents given."""
+    if seeds is None and isinstance(n, Sequence) and not isinstance(n, str):
+        n, seeds = None, n
     if seeds is not None:
         chosen = tuple(require_seed(seed) for seed in seeds)
         if n is not None and n != len(chosen):

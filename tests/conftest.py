@@ -17,6 +17,9 @@ from torch import Tensor
 
 from dualdiff_engine import Engine
 
+# on tiny networks a second thread costs more than it brings, and a busy machine makes it wait
+torch.set_num_threads(1)
+
 DATA = Path(__file__).parent / "data"
 CASES = ("dual", "bcm")
 

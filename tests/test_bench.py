@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dualdiff_engine.bench import cli, measure, readme, report
+from dualdiff_engine.bench import cli, measure, readme, report, workers
 from dualdiff_engine.bench.case import Case, RandomWeights, random_adapter
+from dualdiff_engine.errors import DualDiffError
 
 TINY = ["--batch", "1", "--size", "64", "--rounds", "1"]
 
@@ -53,8 +54,10 @@ def test_random_adapter_is_in_the_released_format() -> None:
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     cli.main(
-        [*TINY, "--peers", "released,engine,engine-fresh", "--background"]
-        + ["--output-json", str(folder / "r.json"), "--plot", str(folder / "r.png")]
+        [
+            *(*TINY, "--peers", "released,engine,engine-fresh", "--background"),
+            *("--output-json", str(folder / "r.json"), "--plot", str(folder / "r.png")),
+        ]
     )
     assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "r.json").read_text())
@@ -112,3 +115,12 @@ def test_wrong_arguments(
 def test_committed_records_are_what_the_readme_shows() -> None:
     root = Path(__file__).parent.parent
     assert readme.generate(root) == (root / "README.md").read_text("utf-8")
+
+
+def test_a_peer_that_dies_is_named() -> None:
+    case = Case("small", 1, 10, 8, 8, 2.5, False, 0)
+    with workers.Worker(case, workers.Entry("engine", "float32"), "cpu") as worker:
+        worker.process.kill()
+        worker.process.join()
+        with pytest.raises(DualDiffError, match=r"peer engine float32 died \(exit -9\)"):
+            worker.step(0)

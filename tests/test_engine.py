@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, golden_engine
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import DATA, golden_engine
 from dualdiff_engine import (
     AdapterError,
     BackendError,
@@ -71,6 +71,11 @@ def test_pair_and_recipe(dual: Engine) -> None:
     assert recipe["versions"]["torch"] == torch.__version__
 
 
+def test_seeds_may_come_first(dual: Engine) -> None:
+    assert [pair.seed for pair in dual.generate([5, 6], **QUICK)] == [5, 6]
+    assert len({pair.seed for pair in dual.generate(3, **QUICK)}) == 3
+
+
 def test_output_types_agree(dual: Engine) -> None:
     pil, numpy, tensor = (
         dual.generate(seeds=[7], output_type=kind, **QUICK)[0] for kind in ("pil", "np", "pt")
@@ -107,10 +112,11 @@ def test_every_scheduler_of_the_base_runs(dual: Engine) -> None:
     tried = []
     for kind in dual.base.scheduler.compatibles:
         try:
-            (pair,) = dual.generate(seeds=[0], steps=4, size=64, scheduler=kind.__name__)
-        except SettingsError as error:
-            assert "needs another package" in str(error), error
+            dual.base.make_scheduler(kind.__name__)
+        except SettingsError:
+            # those that need a package which is not there
             continue
+        (pair,) = dual.generate(seeds=[0], steps=4, size=64, scheduler=kind.__name__)
         tried.append(kind.__name__)
         assert np.isfinite(pixels(pair)).all()
     assert len(tried) >= 12
@@ -164,10 +170,38 @@ def test_switching_adapters_leaves_no_trace(tmp_path: Path) -> None:
         engine.set_adapter("adapter")
 
 
+def test_switching_under_a_running_stream_is_refused(tmp_path: Path) -> None:
+    engine = golden_engine("dual")
+    stream = engine.stream([1, 2], batch=1, **QUICK)
+    next(stream)
+    engine.load_adapter(other_adapter(tmp_path))
+    with pytest.raises(SettingsError, match="'adapter', which is no longer active: finish"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("a/bottle_broken.safetensors", "bottle_broken"),
+        ("a/bottle_broken/pytorch_lora_weights.bin", "bottle_broken"),
+        ("a/bottle_broken", "bottle_broken"),
+        ("a/bottle_broken/checkpoint-500", "bottle_broken/checkpoint-500"),
+        ("a/bottle/checkpoint-500/pytorch_lora_weights.safetensors", "bottle/checkpoint-500"),
+    ],
+)
+def test_adapters_are_called_by_what_tells_them_apart(source: str, name: str) -> None:
+    assert adapters.default_name(source) == name
+
+
+def test_a_name_is_not_taken_twice(dual: Engine) -> None:
+    with pytest.raises(SettingsError, match="an adapter 'adapter' is loaded: unload it, or pass"):
+        dual.load_adapter(DATA / "dual/adapter", allow_pickle=True)
+
+
 def test_a_refused_adapter_changes_nothing(dual: Engine) -> None:
     before = dual.generate(seeds=[1], output_type="pt", **QUICK)[0]
     with pytest.raises(AdapterError, match="is a pickle"):
-        dual.load_adapter(DATA / "bcm/adapter")
+        dual.load_adapter(DATA / "bcm/adapter", name="other")
     after = dual.generate(seeds=[1], output_type="pt", **QUICK)[0]
     assert torch.equal(before.image, after.image)
 
@@ -249,6 +283,7 @@ def test_close_drops_the_weights() -> None:
     ("options", "message"),
     [
         ({"n": 0}, "n must be a positive whole number, got 0"),
+        ({"n": "3"}, "n must be a positive whole number, got '3'"),
         ({"n": 2.5}, "n must be a positive whole number"),
         ({"n": 3, "seeds": [1]}, "n is 3 but there are 1 seeds"),
         ({"seeds": []}, "seeds is empty"),

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Golden, by_branch, relative
 from torch import Tensor
 
+from conftest import Golden, by_branch, relative
 from dualdiff_engine import Engine
 from dualdiff_engine.bench.released import ReleasedUNet
 from dualdiff_engine.weights import diffusers_name

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_within_budget
 from torch import Tensor
 
 from dualdiff_engine.adapters import Affine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, reference
 from dualdiff_engine.weights import fold_interaction
+from tolerance import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16]
 # odd sizes, one row, sizes below and above a vector

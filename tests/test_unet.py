@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from conftest import relative
 from dualdiff_engine import weights
 from dualdiff_engine.errors import BaseModelError
 from dualdiff_engine.model.config import UNetConfig

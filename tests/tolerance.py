@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from conftest import relative
 from torch import Tensor
+
+from conftest import relative
 
 
 def assert_within_budget(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
