@@ -3,13 +3,20 @@ PYTHON ?= python3
 RUN := .venv/bin
 TEST := .venv-test/bin
 
-.PHONY: bench test lint types clean
+.PHONY: bench test lint types interpreter aot clean
 
 bench: .venv/ready
 	$(RUN)/dualdiff-bench --batch 32
 
 test: .venv-test/ready
 	$(TEST)/python -m pytest
+
+# Triton kernels on a CPU: interpreted, and compiled ahead of time. Each in a process of its own.
+interpreter: .venv-test/ready
+	TRITON_INTERPRET=1 $(TEST)/python -m pytest tests/interpreter
+
+aot: .venv-test/ready
+	$(TEST)/python -m pytest tests/aot -s
 
 lint: .venv-test/ready
 	$(TEST)/ruff check .

@@ -74,7 +74,7 @@ def _ptxas(ptx: str, architecture: int) -> tuple[int, int]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        run = subprocess.run(  # noqa: S603
+        run = subprocess.run(
             [tool, "-v", f"--gpu-name={target[1]}", path, "-o", path.with_suffix(".cubin")],
             capture_output=True,
             text=True,

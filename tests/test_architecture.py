@@ -109,4 +109,5 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             body = node.body[1:] if ast.get_docstring(node) else node.body
             if body:
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
-                assert lines <= 50, f"{path.name}: {node.name} has {lines} lines"
+                most = 120 if node.name.endswith("_kernel") else 50
+                assert lines <= most, f"{path.name}: {node.name} has {lines} lines"

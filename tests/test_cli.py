@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 import dualdiff_engine
-from conftest import DATA
 from dualdiff_engine import ops
 from dualdiff_engine.cli import main
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import OutOfMemoryError
 from dualdiff_engine.output import KINDS, MANIFEST, FolderWriter
+from support import DATA
 
 DUAL, BCM = DATA / "dual", DATA / "bcm"
 FAST = ("--allow-pickle", "--steps", "2", "--size", "64")
@@ -316,7 +316,7 @@ def test_generate_says_what_is_wrong_before_it_touches_the_disk(
     ("options", "message"),
     [
         ("--device tpu", "device"),
-        ("--backend nope", "unknown backend 'nope'"),
+        ("--backend nope", "no backend is called 'nope'"),
         ("--base /nowhere", "no base model at '/nowhere'"),
         ("--adapter /nowhere.safetensors", "no adapter at '/nowhere.safetensors'"),
         ("--adapter {text}", "neither .safetensors nor .bin"),

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import DATA, golden_engine
 from dualdiff_engine import (
     AdapterError,
     BackendError,
@@ -25,6 +24,7 @@ from dualdiff_engine import (
     SettingsError,
     adapters,
 )
+from support import DATA, golden_engine
 
 QUICK: dict[str, Any] = {"steps": 3, "size": 64}
 
@@ -334,7 +334,7 @@ def test_wrong_requests(dual: Engine, options: dict[str, Any], message: str) -> 
         ({"dtype": "float16"}, SettingsError, "float16 on a CPU"),
         ({"device": "tpu"}, SettingsError, "no device 'tpu'"),
         ({"device": "mps"}, SettingsError, "device 'mps' is not supported"),
-        ({"backend": "fastest"}, BackendError, "unknown backend 'fastest'"),
+        ({"backend": "fastest"}, BackendError, "no backend is called 'fastest'"),
         ({"max_batch": 0}, SettingsError, "max_batch must be a positive whole number"),
     ],
 )

@@ -8,54 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Golden, by_branch, relative
 from dualdiff_engine import Engine
 from dualdiff_engine.bench.released import ReleasedUNet
-from dualdiff_engine.weights import diffusers_name
+from support import Golden, by_branch, denoiser_call, golden_engine, relative
 
 # fp32 rounding through some sixty layers; an independent fp32 implementation reaches 8e-7
 FP32 = 2e-6
 
 
-def noised_background(engine: Engine, golden: Golden) -> Tensor | None:
-    if not golden.background:
-        return None
-    d = golden.denoiser
-    return engine.base.noiser().add_noise(
-        d["background_latent"], d["background_noise"], d["timestep"].long()
-    )
-
-
-def denoiser_call(engine: Engine, golden: Golden) -> tuple[Tensor, dict[str, Tensor]]:
-    """(noise, output of every site before the block's residual add), as [2, P, ...]."""
-    d = golden.denoiser
-    layers: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            layers[diffusers_name(name)] = (output - inputs[1]).unflatten(0, (2, -1))
-
-        return hook
-
-    sites = [(n, m) for n, m in engine.unet.named_modules() if n.endswith(("attn1", "attn2"))]
-    hooks = [site.register_forward_hook(keep(name)) for name, site in sites]
-    try:
-        noise = engine.predict_noise(
-            by_branch(d["sample"]).unsqueeze(2),
-            float(d["timestep"]),
-            by_branch(d["encoder_hidden_states"]),
-            noised_background(engine, golden),
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return noise.squeeze(2), layers
-
-
 @pytest.mark.parametrize("backend", ["reference", "onednn"])
 def test_noise_and_every_layer(golden: Golden, backend: str) -> None:
-    from conftest import golden_engine
-
     engine = golden_engine(golden.name, backend=backend)
     noise, layers = denoiser_call(engine, golden)
     assert relative(noise, by_branch(golden.denoiser["noise_pred"])) <= FP32

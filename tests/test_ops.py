@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualdiff_engine.adapters import Affine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, reference
+from dualdiff_engine.ops import NAMES, Ops, bind, reference
 from dualdiff_engine.weights import fold_interaction
 from tolerance import assert_within_budget
 
@@ -21,7 +21,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(63, 48), (1, 16), (130, 40)]
 
 
-@pytest.fixture(params=list(BACKENDS))
+# triton's are tested in tests/interpreter
+@pytest.fixture(params=["onednn", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -70,6 +71,46 @@ def test_branch_linear(
     eager = torch.stack([F.linear(x[f], w[f], b) for f in range(branches)])
     assert_within_budget("branch_linear", ops.branch_linear(x, w, b), eager, exact)
     assert_within_budget("strided", ops.branch_linear(strided(x), w, b), eager, exact)
+
+
+def test_branch_linear_joins_the_background(ops: Ops, dtype: torch.dtype) -> None:
+    rows, batch, positions, channels, width = 2, 3, 5, 16, 12
+    x = draw(2, rows * batch * positions, channels, dtype=dtype)
+    w = draw(2, 18, channels, dtype=dtype, seed=1)
+    share = draw(rows, positions, width, dtype=dtype, seed=2)
+    keep = torch.tensor([0.75], dtype=dtype)
+
+    def joined(y: Tensor, share: Tensor, keep: Tensor) -> Tensor:
+        y = y.clone()
+        own = y[0].view(rows, batch, positions, 18)[..., -width:]
+        own.copy_(keep * own + share[:, None])
+        return y
+
+    exact = joined(x.double() @ w.double().mT, share.double(), keep.double())
+    eager = joined(x @ w.mT, share, keep)
+    actual = ops.branch_linear(x, w, None, share, keep)
+    assert_within_budget("branch_linear with share", actual, eager, exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_adds_a_residual(ops: Ops, dtype: torch.dtype, bias: bool) -> None:
+    x, w = draw(3, 63, 48, dtype=dtype), draw(24, 48, dtype=dtype, seed=1)
+    residual = draw(3, 63, 24, dtype=dtype, seed=2)
+    b = draw(24, dtype=dtype, seed=3) if bias else None
+    exact = x.double() @ w.double().T + residual.double() + (b.double() if b is not None else 0)
+    eager = F.linear(x, w, b) + residual
+    before = residual.clone()
+    assert_within_budget("linear", ops.linear(x, w, b, residual), eager, exact)
+    assert torch.equal(residual, before)
+
+
+def test_attention_joins_a_second_source(ops: Ops, dtype: torch.dtype) -> None:
+    q, k, v = (draw(2, 9, 80, dtype=dtype, seed=s) for s in range(3))
+    more_k, more_v = (draw(2, 13, 80, dtype=dtype, seed=s) for s in (3, 4))
+    keys, values = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
+    exact = reference.attention(q.double(), keys.double(), values.double(), 2)
+    eager = reference.attention(q, keys, values, 2)
+    assert_within_budget("attention", ops.attention(q, k, v, 2, more_k, more_v), eager, exact)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -196,9 +237,15 @@ def test_auto_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_explicit_backend_raises_with_the_reason() -> None:
-    with pytest.raises(BackendError, match=r"onednn.*no torch\.float64 product"):
+    with pytest.raises(BackendError, match=r"'onednn' cannot be used.*no torch\.float64 product"):
         bind("onednn", dtype=torch.float64)
-    with pytest.raises(
-        BackendError, match="unknown backend 'cuda'; this version has: auto, onednn"
-    ):
+    with pytest.raises(BackendError, match=r"'triton' cannot be used.*needs an NVIDIA GPU"):
+        bind("triton")
+    with pytest.raises(BackendError, match="no backend is called 'cuda'; there are: auto, triton"):
         bind("cuda")
+
+
+def test_a_backend_without_an_op_leaves_it_to_the_reference() -> None:
+    table = {row.op: row for row in bind("onednn").table}
+    assert table["attention"].backend == "reference"
+    assert "not onednn: has no attention" in table["attention"].reason

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 from skimage import data, draw
 
-from conftest import DATA
 from dualdiff_engine import cli
 from dualdiff_engine.bench.sheet import sheet
+from support import DATA
 
 
 def test_pairs_on_a_photograph(tmp_path: Path) -> None:

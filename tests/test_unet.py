@@ -9,12 +9,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from conftest import relative
 from dualdiff_engine import weights
 from dualdiff_engine.errors import BaseModelError
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import bind
+from support import relative
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 4}

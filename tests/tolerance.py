@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from conftest import relative
+from support import relative
 
 
 def assert_within_budget(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:

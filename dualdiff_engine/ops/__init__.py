@@ -2,7 +2,9 @@
 
 `bind` is called when an engine is built; what it returns is plain callables, so that nothing is
 decided inside the denoising loop. A backend is a module of this package, loaded when it is looked
-at: it holds its ops under their names and `supported(op, device, dtype) -> (ok, reason)`.
+at: it holds its ops under their names, or hands them out by `load(op)`, and says by
+`supported(op, device, dtype) -> (ok, reason)` which it serves. One whose kernels must be measured
+before `auto` takes them also says by `proven(device) -> (ok, reason)` whether they were.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from dualdiff_engine.errors import BackendError
 
 # fastest first: `auto` takes the first that serves an op
-BACKENDS = ("triton", "native", "onednn", "reference")
+BACKENDS = ("triton", "onednn", "reference")
 
 
 class Choice(NamedTuple):
@@ -51,11 +53,19 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def backend_op(backend: str, op: str) -> Callable[..., Tensor]:
+    module = backend_module(backend)
+    return module.load(op) if hasattr(module, "load") else getattr(module, op)
+
+
 def _choose(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """The first backend that serves the op, of all or of the one wanted, else the reference."""
     reasons: list[str] = []
     for name in BACKENDS if wanted == "auto" else (wanted, "reference"):
-        ok, reason = backend_module(name).supported(op, device, dtype)
+        module = backend_module(name)
+        ok, reason = module.supported(op, device, dtype)
+        if ok and wanted == "auto" and hasattr(module, "proven"):
+            ok, reason = module.proven(device)
         if ok:
             return Choice(op, name, "; ".join([reason, *reasons]))
         reasons.append(f"not {name}: {reason}")
@@ -76,9 +86,9 @@ def bind(
     """
     if backend != "auto" and backend not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
-        raise BackendError(f"unknown backend {backend!r}; this version has: {known}")
+        raise BackendError(f"no backend is called {backend!r}; there are: {known}")
     table = tuple(_choose(op, backend, torch.device(device), dtype) for op in NAMES)
     if backend != "auto" and all(row.backend != backend for row in table):
         raise BackendError(f"backend {backend!r} cannot be used: {table[0].reason}")
-    bound = {row.op: getattr(backend_module(row.backend), row.op) for row in table}
+    bound = {row.op: backend_op(row.backend, row.op) for row in table}
     return Ops(**bound, table=table)

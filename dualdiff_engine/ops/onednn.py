@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dualdiff_engine.ops import reference
 
-
 OPS = ("linear", "branch_linear", "exchange", "geglu")
 
 

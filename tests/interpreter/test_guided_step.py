@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import assert_within_budget
 
 from dualdiff_engine.ops import reference
 from dualdiff_engine.ops.triton.guided_step import guided_step
+from tolerance import assert_within_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 # op -> the module that holds it
 OPS = {
@@ -51,7 +52,18 @@ def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, 
     return True, "fused kernel"
 
 
-def __getattr__(name: str) -> Any:
-    if name not in OPS:
-        raise AttributeError(name)
-    return getattr(importlib.import_module(f"{__name__}.{OPS[name]}"), name)
+def proven(device: torch.device) -> tuple[bool, str]:
+    """Whether `auto` may choose these kernels: where they were measured, their table ships."""
+    from dualdiff_engine.ops.triton import tuning
+
+    if device.type != "cuda":
+        return False, "interpreted kernels are for tests"
+    capability = torch.cuda.get_device_capability(device)
+    if not tuning.table(capability):
+        return False, "not measured on compute capability {}.{}; ask for it".format(*capability)
+    return True, ""
+
+
+def load(op: str) -> Callable[..., Tensor]:
+    """The op, its module loaded; as attributes of this package the names are the modules'."""
+    return getattr(importlib.import_module(f"{__name__}.{OPS[op]}"), op)

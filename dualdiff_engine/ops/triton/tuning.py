@@ -78,6 +78,6 @@ def write(capability: tuple[int, int], rows: dict[str, dict[str, Config]]) -> Pa
     """Write what autotuning chose; returns the file."""
     path = TUNED / "sm_{}{}.json".format(*capability)
     path.parent.mkdir(exist_ok=True)
-    plain = {op: {k: asdict(c) for k, c in sorted(keys.items())} for op, keys in sorted(rows.items())}
-    path.write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
+    plain = {op: {k: asdict(config) for k, config in keys.items()} for op, keys in rows.items()}
+    path.write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", "utf-8")
     return path

@@ -1,0 +1,175 @@
+"""The gated half of a feed-forward in one pass: the wide product is never in memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dualdiff_engine.ops.triton import tuning
+from dualdiff_engine.ops.triton.branch_linear import (
+    BUSY,
+    add_products,
+    as_rows,
+    product_config,
+    require,
+    shape_class,
+    tile_of_program,
+)
+from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _geglu_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    STRIDE_INPUT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile of out [rows, COLUMNS]; grid (tiles,).
+
+    The product has a column of values and one of gates for each column of the output, side by side:
+    both are then held by the same thread, and one product of twice the width feeds the tensor cores
+    better than two.
+    """
+    tile_m, tile_n = tile_of_program(rows, COLUMNS, BLOCK_M, BLOCK_N, GROUP)
+    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    within_m, within_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    # over the edge the last row is read again: what comes of it is not stored
+    pairs = tl.arange(0, 2 * BLOCK_N)
+    pairs = tl.minimum(pairs // 2, COLUMNS - 1 - first_n) + pairs % 2 * COLUMNS
+    sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    sums += tl.load(bias_ptr + first_n + pairs).to(tl.float32)[None, :]
+    wide = add_products(
+        sums,
+        input_ptr + first_m.to(tl.int64) * STRIDE_INPUT,
+        weight_ptr + first_n.to(tl.int64) * CHANNELS,
+        tl.minimum(within_m, rows - 1 - first_m),
+        pairs,
+        STRIDE_INPUT, CHANNELS, BLOCK_K,
+    )  # fmt: skip
+    value, gate = tl.split(tl.reshape(wide, [BLOCK_M, BLOCK_N, 2]))
+    # 0.7071... = sqrt(1/2)
+    out = value * (0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476)))
+    out_ptr += first_m.to(tl.int64) * COLUMNS + first_n
+    mask = (within_m < rows - first_m)[:, None] & (within_n < COLUMNS - first_n)[None, :]
+    out_tile = out_ptr + within_m[:, None] * COLUMNS + within_n[None, :]
+    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def default_config(rows: int, columns: int, dtype: torch.dtype) -> Config:
+    """What compiles without spills for every architecture; columns of the output."""
+    if dtype == torch.float32:
+        return product_config(64, 64, 16, num_warps=8, num_stages=3)
+    if triton.cdiv(rows, 128) * triton.cdiv(columns, 64) < BUSY:
+        return product_config(64, 64, 64, num_warps=4, num_stages=3)
+    return product_config(128, 64, 64, num_warps=8, num_stages=3)
+
+
+def candidates(dtype: torch.dtype) -> list[Config]:
+    """What is worth measuring for any shape; the largest do not fit every architecture."""
+    if dtype == torch.float32:
+        return [
+            product_config(64, 64, 16, 8, 3),
+            product_config(64, 32, 16, 8, 3),
+            product_config(64, 32, 32, 8, 2),
+        ]
+    return [
+        product_config(128, 128, 64, 8, 3),
+        product_config(256, 64, 64, 8, 3),
+        product_config(128, 64, 64, 8, 3),
+        product_config(128, 64, 64, 8, 4),
+        product_config(128, 64, 32, 8, 4),
+        product_config(128, 32, 64, 4, 4),
+        product_config(64, 64, 64, 4, 3),
+        product_config(64, 64, 64, 4, 4),
+        product_config(64, 32, 64, 4, 4),
+    ]
+
+
+@torch.library.custom_op("dualdiff::geglu", mutates_args=())
+def geglu(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """value · gelu(gate), (value, gate) = halves of x Wᵀ + b, with the erf GELU; rounded once.
+
+    input [..., C], weight [2·I, C] contiguous, bias [2·I], of one dtype -> [..., I] contiguous.
+    Rows of input may be strided; what no single row stride describes is copied. Sums, gate and
+    GELU in fp32. Raises ValueError on other shapes.
+    """
+    columns, channels = weight.shape[0] // 2, input.shape[-1]
+    require(
+        weight.shape == (2 * columns, channels)
+        and weight.is_contiguous()
+        and bias.shape == (2 * columns,),
+        "geglu takes input [..., C], contiguous weight [2·I, C], bias [2·I]",
+        input, weight, bias,
+    )  # fmt: skip
+    out = input.new_empty(*input.shape[:-1], columns)
+    left = as_rows(input)
+    rows, dtype = left.shape[0], input.dtype
+    config = tuning.choose(
+        "geglu",
+        shape_class(rows, columns, channels, dtype),
+        default_config(rows, columns, dtype),
+        input.device,
+    )
+    blocks = config.blocks
+    tiles = triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(columns, blocks["BLOCK_N"])
+    _geglu_kernel[tiles,](
+        left, weight, bias, out, rows, left.stride(0), columns, channels, **config.arguments
+    )
+    return out
+
+
+@geglu.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0] // 2)
+
+
+@register_flop_formula(torch.ops.dualdiff.geglu)
+def _flops(input_shape: torch.Size, weight_shape: torch.Size, *_: object, **__: object) -> int:
+    return 2 * math.prod(input_shape) * weight_shape[0]
+
+
+def _compilation(dtype: torch.dtype, rows: int, channels: int) -> Compilation:
+    kind, columns = TRITON_TYPES[dtype], 4 * channels
+    config = default_config(rows, columns, dtype)
+    constants = {
+        "STRIDE_INPUT": channels,
+        "COLUMNS": columns,
+        "CHANNELS": channels,
+        **config.blocks,
+    }
+    signature = {
+        name: "constexpr" if name in constants else "i32" if name == "rows" else f"*{kind}"
+        for name in _geglu_kernel.arg_names
+    }
+    return Compilation(
+        name=f"geglu {kind} M={rows} C={channels}",
+        kernel=_geglu_kernel,
+        signature=signature,
+        constants=constants,
+        config=config,
+        tensor_cores=kind != "fp32",
+    )
+
+
+def compilations() -> list[Compilation]:
+    """Every default at SD-1.5 shapes: batch 32, and the background pass of one picture."""
+    halves = [
+        _compilation(dtype, rows, channels)
+        for dtype in (torch.float16, torch.bfloat16)
+        for rows, channels in ((524288, 320), (131072, 640), (32768, 1280), (128, 1280))
+    ]
+    return [*halves, _compilation(torch.float32, 8192, 1280)]

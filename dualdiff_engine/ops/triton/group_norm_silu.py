@@ -1,0 +1,295 @@
+"""GroupNorm and SiLU of channels-last maps: one launch for statistics, one for the rest.
+
+Both cut a map into parts, PART positions of some whole groups, so that few maps still fill a GPU
+and what a program reads is contiguous: its groups' channels of one position after the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dualdiff_engine.ops.triton import tuning
+from dualdiff_engine.ops.triton.tuning import Compilation, Config
+
+# channels of a program: as many whole groups as fit, or one that does not
+CHANNELS = 256
+
+
+@triton.jit
+def _sum_groups(x, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr):
+    """x [BLOCK_C], per channel -> [BLOCK_G], sums over the WIDTH channels of each group."""
+    within = tl.arange(0, BLOCK_W)[None, :]
+    channels = tl.arange(0, BLOCK_G)[:, None] * WIDTH + tl.minimum(within, WIDTH - 1)
+    spread = tl.gather(x, tl.reshape(channels, [BLOCK_G * BLOCK_W]), 0)
+    return tl.sum(tl.where(within < WIDTH, tl.reshape(spread, [BLOCK_G, BLOCK_W]), 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _group_norm_statistics_kernel(
+    input_ptr,
+    statistics_ptr,
+    positions,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Mean and sum of squares about it, of every group in PART positions of a map.
+
+    statistics [2, N, parts, GROUPS]; grid (blocks of groups, parts, N). Welford's recurrence in
+    every lane, lanes joined by Chan's formula.
+    """
+    first = tl.program_id(0) * BLOCK_G
+    part = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    channels = tl.arange(0, BLOCK_C)
+    group_of = tl.minimum(channels // WIDTH, BLOCK_G - 1)
+    inside_c = (channels < BLOCK_G * WIDTH) & (first * WIDTH + channels < GROUPS * WIDTH)
+    input_ptr += sample * positions * (GROUPS * WIDTH) + first * WIDTH
+    count = tl.zeros([BLOCK_P], tl.float32)
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, PART, BLOCK_P):
+        rows = part * PART + start + tl.arange(0, BLOCK_P)
+        inside = rows < positions
+        mask = inside[:, None] & inside_c[None, :]
+        pointers = input_ptr + rows.to(tl.int64)[:, None] * (GROUPS * WIDTH) + channels[None, :]
+        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        count += inside.to(tl.float32)
+        delta = tl.where(inside[:, None], x - mean, 0.0)
+        mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
+        square += delta * (x - mean)
+    total = tl.sum(count, 0)
+    group_mean = _sum_groups(tl.sum(mean * count[:, None], 0), WIDTH, BLOCK_G, BLOCK_W)
+    group_mean /= total * WIDTH
+    apart = mean - tl.gather(group_mean, group_of, 0)[None, :]
+    square += count[:, None] * apart * apart
+    group_square = _sum_groups(tl.sum(square, 0), WIDTH, BLOCK_G, BLOCK_W)
+    groups = first + tl.arange(0, BLOCK_G)
+    statistics_ptr += (sample * tl.num_programs(1) + part) * GROUPS + groups
+    tl.store(statistics_ptr, group_mean, mask=groups < GROUPS)
+    half = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUPS
+    tl.store(statistics_ptr + half, group_square, mask=groups < GROUPS)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _group_norm_silu_kernel(
+    input_ptr,
+    statistics_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    positions,
+    eps,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """out = silu((x - mean) · weight / sqrt(variance + eps) + bias) for PART positions of a map.
+
+    Grid as of the statistics; PARTS >= the number of parts.
+    """
+    first = tl.program_id(0) * BLOCK_G
+    part = tl.program_id(1)
+    # backwards: the maps whose statistics were last taken may still be in the L2 cache
+    sample = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+    groups = first + tl.arange(0, BLOCK_G)
+    parts = tl.arange(0, PARTS)
+    mask = (parts < tl.num_programs(1))[:, None] & (groups < GROUPS)[None, :]
+    statistics_ptr += sample * tl.num_programs(1) * GROUPS
+    pointers = statistics_ptr + parts[:, None] * GROUPS + groups[None, :]
+    half = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUPS
+    means = tl.load(pointers, mask=mask, other=0.0)
+    squares = tl.load(pointers + half, mask=mask, other=0.0)
+    count = tl.maximum(tl.minimum(positions - parts * PART, PART), 0).to(tl.float32)[:, None]
+    mean = tl.sum(means * count, 0) / positions
+    apart = means - mean[None, :]
+    variance = tl.sum(squares + WIDTH * count * apart * apart, 0) / (WIDTH * positions)
+
+    channels = tl.arange(0, BLOCK_C)
+    group_of = tl.minimum(channels // WIDTH, BLOCK_G - 1)
+    inside_c = (channels < BLOCK_G * WIDTH) & (first * WIDTH + channels < GROUPS * WIDTH)
+    weight = tl.load(weight_ptr + first * WIDTH + channels, mask=inside_c, other=0.0)
+    bias = tl.load(bias_ptr + first * WIDTH + channels, mask=inside_c, other=0.0)
+    middle = tl.gather(mean, group_of, 0)[None, :]
+    scale = (weight.to(tl.float32) * tl.gather(tl.rsqrt(variance + eps), group_of, 0))[None, :]
+    shift = bias.to(tl.float32)[None, :]
+    base = sample * positions * (GROUPS * WIDTH) + first * WIDTH
+    for start in range(0, PART, BLOCK_P):
+        rows = part * PART + start + tl.arange(0, BLOCK_P)
+        offsets = base + rows.to(tl.int64)[:, None] * (GROUPS * WIDTH) + channels[None, :]
+        inside = (rows < positions)[:, None] & inside_c[None, :]
+        x = tl.load(input_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        y = (x - middle) * scale + shift
+        tl.store(out_ptr + offsets, (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def shape_class(positions: int, channels: int, num_groups: int, dtype: torch.dtype) -> str:
+    """The row of a tuning table. The batch is not in it: results do not depend on its size."""
+    kind = str(dtype).removeprefix("torch.")
+    return tuning.key(P=positions, C=channels, G=num_groups, dtype=kind)
+
+
+def _config(
+    part: int, channels: int, width: int, num_groups: int, rows: int, num_warps: int
+) -> Config:
+    """Parts of `part` positions and up to `channels` channels, `rows` positions at a time."""
+    most = min(max(1, channels // width), triton.next_power_of_2(num_groups))
+    groups = 1 << (most.bit_length() - 1)
+    blocks = {
+        "PART": part,
+        "BLOCK_P": min(rows, part),
+        "BLOCK_C": triton.next_power_of_2(groups * width),
+        "BLOCK_G": groups,
+    }
+    return Config(blocks, num_warps, num_stages=1)
+
+
+def _part(positions: int) -> int:
+    """Positions of a part: four times the parts, all of whose statistics every program reads."""
+    return max(16, triton.next_power_of_2(2 * math.isqrt(positions)))
+
+
+def default_config(positions: int, channels: int, num_groups: int) -> Config:
+    """What compiles without spills for every architecture."""
+    width = channels // num_groups
+    # a group wider than usual takes fewer positions at a time
+    rows = max(1, 16 * CHANNELS // max(CHANNELS, triton.next_power_of_2(width)))
+    return _config(_part(positions), CHANNELS, width, num_groups, rows, num_warps=8)
+
+
+def candidates(positions: int, channels: int, num_groups: int) -> list[Config]:
+    """What is worth measuring: other lengths of a part, widths of a program, rows at a time."""
+    width, part = channels // num_groups, _part(positions)
+    return [
+        _config(length, wide, width, num_groups, elements * num_warps * 32 // wide, num_warps)
+        for length in (part // 2, part, 2 * part)
+        for wide in (256, 512)
+        for elements in (8, 16, 32)
+        for num_warps in (4, 8)
+    ]
+
+
+@torch.library.custom_op("dualdiff::group_norm_silu", mutates_args=())
+def group_norm_silu(
+    input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """silu((x - mean) / sqrt(variance + eps) · weight + bias), over each group of a map.
+
+    input [N, C, h, w], weight [C], bias [C] -> [N, C, h, w] channels-last. Input of another layout
+    is copied. All arithmetic in fp32; the mean is subtracted before squaring. Raises ValueError on
+    other shapes.
+    """
+    if (
+        input.dim() != 4
+        or input.shape[1] % num_groups
+        or not weight.shape == bias.shape == input.shape[1:2]
+    ):
+        got = ", ".join(str(list(x.shape)) for x in (input, weight, bias))
+        raise ValueError(
+            f"group_norm_silu takes input [N, C, h, w] of C in {num_groups} groups, weight [C], "
+            f"bias [C]; got {got}"
+        )
+    samples, channels, height, width = input.shape
+    positions = height * width
+    config = tuning.choose(
+        "group_norm_silu",
+        shape_class(positions, channels, num_groups, input.dtype),
+        default_config(positions, channels, num_groups),
+        input.device,
+    )
+    parts = triton.cdiv(positions, config.blocks["PART"])
+    group = channels // num_groups
+    grid = (triton.cdiv(num_groups, config.blocks["BLOCK_G"]), parts, samples)
+    maps = input.contiguous(memory_format=torch.channels_last)
+    out = _like(input)
+    statistics = input.new_empty(2, samples, parts, num_groups, dtype=torch.float32)
+    _group_norm_statistics_kernel[grid](
+        maps, statistics, positions, group, num_groups,
+        BLOCK_W=triton.next_power_of_2(group),
+        **config.arguments,
+    )  # fmt: skip
+    _group_norm_silu_kernel[grid](
+        maps, statistics, weight, bias, out, positions, eps, group, num_groups,
+        PARTS=triton.next_power_of_2(parts),
+        **config.arguments,
+    )  # fmt: skip
+    return out
+
+
+def _like(input: Tensor) -> Tensor:
+    samples, channels, height, width = input.shape
+    return input.new_empty(samples, height, width, channels).permute(0, 3, 1, 2)
+
+
+@group_norm_silu.register_fake
+def _(input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _like(input)
+
+
+@register_flop_formula(torch.ops.dualdiff.group_norm_silu)
+def _flops(*_: object, **__: object) -> int:
+    # elementwise work counts as none, as PyTorch's own formulas have it
+    return 0
+
+
+def _compilations(kind: str, positions: int, channels: int) -> list[Compilation]:
+    """Both launches, in 32 groups."""
+    config = default_config(positions, channels, 32)
+    group = channels // 32
+    constants = {
+        "WIDTH": group,
+        "GROUPS": 32,
+        "PARTS": triton.next_power_of_2(triton.cdiv(positions, config.blocks["PART"])),
+        "BLOCK_W": triton.next_power_of_2(group),
+        **config.blocks,
+    }
+    types = {"positions": "i32", "eps": "fp32", "statistics_ptr": "*fp32"}
+    return [
+        Compilation(
+            name=f"group_norm_silu {kind} P={positions} C={channels} {part}",
+            kernel=kernel,
+            signature={
+                name: "constexpr" if name in constants else types.get(name, f"*{kind}")
+                for name in kernel.arg_names
+            },
+            constants={name: x for name, x in constants.items() if name in kernel.arg_names},
+            config=config,
+            tensor_cores=False,
+        )
+        for part, kernel in (
+            ("statistics", _group_norm_statistics_kernel),
+            ("norm", _group_norm_silu_kernel),
+        )
+    ]
+
+
+def compilations() -> list[Compilation]:
+    """The default at every map of SD-1.5, in 32 groups; single precision at one of the widest."""
+    widths = {
+        4096: (320, 640, 960),
+        1024: (320, 640, 960, 1280, 1920),
+        256: (640, 1280, 1920, 2560),
+        64: (1280, 2560),
+    }
+    halves = [
+        compilation
+        for kind in ("fp16", "bf16")
+        for positions, channels_of in widths.items()
+        for channels in channels_of
+        for compilation in _compilations(kind, positions, channels)
+    ]
+    return halves + _compilations("fp32", 4096, 960)

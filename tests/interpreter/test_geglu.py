@@ -1,0 +1,101 @@
+"""geglu in the interpreter against fp64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dualdiff_engine.ops.triton.geglu import geglu
+from tolerance import assert_within_budget
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that an op takes and does not write shows as NaN."""
+
+    def poisoned(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return self.new_full(shape, math.nan, **options)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, every row in one twice as long."""
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same values, no single stride between rows."""
+    wide = x.new_full((x.shape[0], 2 * x.shape[1], x.shape[2]), math.nan)
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
+# odd sizes; one row; more than a tile of rows, columns and channels
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((3, 63, 48), 40), ((1, 1, 16), 23), ((2, 70, 130), 72)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_geglu(dtype: torch.dtype, shape: tuple[int, ...], columns: int) -> None:
+    x = draw(*shape, dtype=dtype)
+    w = draw(2 * columns, shape[-1], dtype=dtype, seed=1)
+    b = draw(2 * columns, dtype=dtype, seed=2)
+
+    def plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        value, gate = F.linear(x, w, b).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    exact = plain(x.double(), w.double(), b.double())
+    actual = geglu(x, w, b)
+    assert actual.is_contiguous()
+    assert_within_budget("geglu", actual, plain(x, w, b), exact)
+    for layout in (strided, spread):
+        assert torch.equal(geglu(layout(x), w, b), actual)
+
+
+def test_wrong_shapes() -> None:
+    x, w, b = torch.zeros(2, 6, 8), torch.zeros(10, 8), torch.zeros(10)
+    with pytest.raises(ValueError, match=r"weight \[2·I, C\].*got \[2, 6, 8\], \[9, 8\], \[9\]"):
+        geglu(x, w[:9], b[:9])
+    with pytest.raises(ValueError, match=r"got \[2, 6, 7\], \[10, 8\]"):
+        geglu(x[..., :7], w, b)
+    with pytest.raises(ValueError, match=r"bias \[2·I\]; got .*\[5\]"):
+        geglu(x, w, b[:5])
+    with pytest.raises(ValueError, match="contiguous weight"):
+        geglu(x, torch.zeros(8, 10).T, b)
+
+
+def arguments() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 6, 8), torch.randn(10, 8), torch.randn(10)
+
+
+def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch.library.opcheck(geglu, arguments())
+
+
+def test_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    given = arguments()
+    compiled = torch.compile(lambda: geglu(*given) + 1, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(), geglu(*given) + 1)
+
+
+def test_products_are_counted() -> None:
+    with FlopCounterMode(display=False) as counter:
+        geglu(*arguments())
+    assert counter.get_total_flops() == 4 * (2 * 6) * 8 * 5
