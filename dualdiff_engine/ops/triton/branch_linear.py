@@ -99,32 +99,31 @@ def _branch_linear_kernel(
     tile_m, tile_n = tile_of_program(rows, COLUMNS, BLOCK_M, BLOCK_N, GROUP)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     within_m, within_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    offsets_m, offsets_n = first_m + within_m, first_n + within_n
-    mask_n = offsets_n < COLUMNS
-    mask = (offsets_m < rows)[:, None] & mask_n[None, :]
+    # over the edge the last row is read again: what comes of it is not stored
+    left_rows = tl.minimum(within_m, rows - 1 - first_m)
+    right_rows = tl.minimum(within_n, COLUMNS - 1 - first_n)
     out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # the bias comes first: at the end it would take registers from residual and share
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + offsets_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        out += tl.load(bias_ptr + first_n + right_rows).to(tl.float32)[None, :]
     out = add_products(
         out,
         input_ptr + (branch * rows + first_m) * STRIDE_INPUT,
         weight_ptr + (branch * COLUMNS + first_n) * CHANNELS,
-        # over the edge the last row is read again: what comes of it is not stored
-        tl.minimum(within_m, rows - 1 - first_m),
-        tl.minimum(within_n, COLUMNS - 1 - first_n),
-        STRIDE_INPUT, CHANNELS, BLOCK_K,
+        left_rows, right_rows, STRIDE_INPUT, CHANNELS, BLOCK_K,
     )  # fmt: skip
+    offsets_m, offsets_n = first_m + within_m, first_n + within_n
+    mask = (offsets_m < rows)[:, None] & (offsets_n < COLUMNS)[None, :]
     corner = (branch * rows + first_m) * COLUMNS + first_n
     tile = within_m[:, None] * COLUMNS + within_n[None, :]
     if residual_ptr is not None:
-        out += tl.load(residual_ptr + corner + tile, mask=mask, other=0.0).to(tl.float32)
+        out += tl.load(residual_ptr + corner + tile, mask=mask).to(tl.float32)
     if share_ptr is not None:
         joined = mask & (branch == 0) & (offsets_n >= COLUMNS - SHARED)[None, :]
         share_rows = offsets_m // shared_rows * positions + offsets_m % positions
         share = share_ptr + share_rows.to(tl.int64)[:, None] * SHARED
         share += offsets_n - (COLUMNS - SHARED)
-        share = tl.load(share, mask=joined, other=0.0).to(tl.float32)
+        share = tl.load(share, mask=joined).to(tl.float32)
         out = tl.where(joined, tl.load(keep_ptr).to(tl.float32) * out + share, out)
     tl.store(out_ptr + corner + tile, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -151,7 +150,8 @@ def default_config(rows: int, columns: int, dtype: torch.dtype) -> Config:
     # 320 columns fill five tiles of 64, not three of 128
     if columns < 512 and columns % 128:
         return product_config(128, 64, 64, num_warps=4, num_stages=3)
-    return product_config(128, 128, 64, num_warps=8, num_stages=3)
+    # depth 64 spills on sm_80 where a residual is added
+    return product_config(128, 128, 32, num_warps=8, num_stages=4)
 
 
 def candidates(dtype: torch.dtype) -> list[Config]:
