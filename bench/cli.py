@@ -24,7 +24,6 @@ def parser() -> argparse.ArgumentParser:
         "dualdiff-bench",
         description="Time one denoiser step of a batch of pairs: the engine, the released "
         "computation and plain diffusers, interleaved in one run, with random weights.",
-        epilog="dualdiff-bench ops: every op of a step instead; see dualdiff-bench ops --help.",
     )
     p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
     p.add_argument("--model", choices=("small", "sd15"), help="default: sd15 on a GPU, else small")
@@ -49,14 +48,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
     try:
-        if words[:1] == ["ops"]:
-            from dualdiff_engine.bench import op_bench
-
-            op_bench.main(words[1:])
-        else:
-            _run(parser().parse_args(words))
+        _run(options)
     except DualDiffError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
