@@ -3,13 +3,18 @@ PYTHON ?= python3
 RUN := .venv/bin
 TEST := .venv-test/bin
 
-.PHONY: bench test lint types interpreter aot clean
+.PHONY: bench test native lint types interpreter aot clean
 
 bench: .venv/ready
 	$(RUN)/dualdiff-bench --batch 32
 
 test: .venv-test/ready
 	$(TEST)/python -m pytest
+
+# The C++ kernels, or an error; the environments build them where they can and go without elsewhere.
+native: .venv-test/ready
+	DUALDIFF_BUILD_NATIVE=cpu $(TEST)/python setup.py -q build_ext --inplace
+	$(TEST)/python -c "from dualdiff_engine import _native; print(*_native.levels())"
 
 # Triton kernels on a CPU: interpreted, and compiled ahead of time. Each in a process of its own.
 interpreter: .venv-test/ready
@@ -29,13 +34,15 @@ types: .venv-test/ready
 	$(PYTHON) -m venv .venv
 	$(RUN)/python -m pip install --quiet -r bench/requirements.txt
 	$(RUN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	-DUALDIFF_BUILD_NATIVE=cpu $(RUN)/python setup.py -q build_ext --inplace
 	touch $@
 
 .venv-test/ready: tests/requirements.txt bench/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-test
 	$(TEST)/python -m pip install --quiet -r tests/requirements.txt
 	$(TEST)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	-DUALDIFF_BUILD_NATIVE=cpu $(TEST)/python setup.py -q build_ext --inplace
 	touch $@
 
 clean:
-	rm -rf .venv .venv-test build dist *.egg-info
+	rm -rf .venv .venv-test build dist *.egg-info dualdiff_engine/*.so

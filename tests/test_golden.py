@@ -10,14 +10,18 @@ from torch import Tensor
 
 from dualdiff_engine import Engine
 from dualdiff_engine.bench.released import ReleasedUNet
+from dualdiff_engine.ops import native
 from support import Golden, by_branch, denoiser_call, golden_engine, relative
 
 # fp32 rounding through some sixty layers; an independent fp32 implementation reaches 8e-7
 FP32 = 2e-6
 
 
-@pytest.mark.parametrize("backend", ["reference", "onednn"])
+@pytest.mark.parametrize("backend", ["reference", "onednn", "native"])
 def test_noise_and_every_layer(golden: Golden, backend: str) -> None:
+    ok, reason = native.supported("attention", torch.device("cpu"), torch.float32)
+    if backend == "native" and not ok:
+        pytest.skip(reason)
     engine = golden_engine(golden.name, backend=backend)
     noise, layers = denoiser_call(engine, golden)
     assert relative(noise, by_branch(golden.denoiser["noise_pred"])) <= FP32

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualdiff_engine.adapters import Affine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.ops import NAMES, Ops, bind, reference
+from dualdiff_engine.ops import NAMES, Ops, bind, native, reference
 from dualdiff_engine.weights import fold_interaction
 from tolerance import assert_within_budget
 
@@ -22,8 +22,11 @@ SHAPES = [(63, 48), (1, 16), (130, 40)]
 
 
 # triton's are tested in tests/interpreter
-@pytest.fixture(params=["onednn", "reference"])
+@pytest.fixture(params=["native", "onednn", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
+    ok, reason = native.supported("attention", torch.device("cpu"), torch.float32)
+    if request.param == "native" and not ok:
+        pytest.skip(reason)
     return request.param
 
 
@@ -37,12 +40,15 @@ def ops(backend: str, dtype: torch.dtype) -> Ops:
     return bind(backend, dtype=dtype)
 
 
+_new_empty = Tensor.new_empty
+
+
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that an op takes and does not write shows as NaN."""
 
     def poisoned(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        return self.new_full(shape, math.nan, **options)
+        return _new_empty(self, *shape, **options).fill_(math.nan)
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
@@ -243,6 +249,20 @@ def test_explicit_backend_raises_with_the_reason() -> None:
         bind("triton")
     with pytest.raises(BackendError, match="no backend is called 'cuda'; there are: auto, triton"):
         bind("cuda")
+
+
+def test_backends_of_single_ops() -> None:
+    table = {row.op: row.backend for row in bind("exchange=reference, geglu=onednn").table}
+    auto = {row.op: row.backend for row in bind("auto").table}
+    assert table == auto | {"exchange": "reference", "geglu": "onednn"}
+    with pytest.raises(BackendError, match=r"'attention=onednn' cannot be used: not onednn"):
+        bind("attention=onednn")
+    with pytest.raises(BackendError, match="'attention=xformers' cannot be used: not xformers"):
+        bind("attention=xformers")
+    with pytest.raises(BackendError, match="no op is called 'softmax'; there are: linear"):
+        bind("softmax=native")
+    with pytest.raises(BackendError, match="no backend is called ''"):
+        bind("attention=")
 
 
 def test_a_backend_without_an_op_leaves_it_to_the_reference() -> None:

@@ -5,6 +5,7 @@ decided inside the denoising loop. A backend is a module of this package, loaded
 at: it holds its ops under their names, or hands them out by `load(op)`, and says by
 `supported(op, device, dtype) -> (ok, reason)` which it serves. One whose kernels must be measured
 before `auto` takes them also says by `proven(device) -> (ok, reason)` whether they were.
+PyTorch's scaled_dot_product_attention is the attention of the reference.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from dualdiff_engine.errors import BackendError
 
 # fastest first: `auto` takes the first that serves an op
-BACKENDS = ("triton", "onednn", "reference")
+BACKENDS = ("triton", "native", "xformers", "onednn", "reference")
 
 
 class Choice(NamedTuple):
@@ -63,13 +64,39 @@ def _choose(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> C
     reasons: list[str] = []
     for name in BACKENDS if wanted == "auto" else (wanted, "reference"):
         module = backend_module(name)
-        ok, reason = module.supported(op, device, dtype)
-        if ok and wanted == "auto" and hasattr(module, "proven"):
+        ok, reason = True, ""
+        if wanted == "auto" and hasattr(module, "proven"):
             ok, reason = module.proven(device)
+        if ok:
+            ok, reason = module.supported(op, device, dtype)
         if ok:
             return Choice(op, name, "; ".join([reason, *reasons]))
         reasons.append(f"not {name}: {reason}")
     raise BackendError(f"no backend runs {op} on {device} in {dtype}: {'; '.join(reasons)}")
+
+
+def _known(backend: str) -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        raise BackendError(f"no backend is called {backend!r}; there are: {known}")
+    return backend
+
+
+def requested(backend: str) -> dict[str, str]:
+    """Op -> the backend that a request names for it.
+
+    backend: a name, for all ops, or "op=name,…", which leaves the ops it does not name to `auto`.
+    Raises BackendError for a name, or an op, that does not exist.
+    """
+    if "=" not in backend:
+        return dict.fromkeys(NAMES, _known(backend))
+    wanted = dict.fromkeys(NAMES, "auto")
+    for part in backend.split(","):
+        op, _, name = (text.strip() for text in part.partition("="))
+        if op not in wanted:
+            raise BackendError(f"no op is called {op!r}; there are: {', '.join(NAMES)}")
+        wanted[op] = _known(name)
+    return wanted
 
 
 def bind(
@@ -81,14 +108,18 @@ def bind(
     """Choose a backend for every op.
 
     backend: `auto` (fastest that is supported, with the reason), or a name of `BACKENDS`, which
-    serves what ops it has and leaves the others to the reference.
-    Raises BackendError, with the reason, when an explicit request serves nothing here.
+    serves what ops it has and leaves the others to the reference, or backends of single ops, as in
+    "attention=xformers,exchange=reference", with `auto` for the others.
+    Raises BackendError, with the reason, when an explicit request cannot be met here.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        raise BackendError(f"no backend is called {backend!r}; there are: {known}")
-    table = tuple(_choose(op, backend, torch.device(device), dtype) for op in NAMES)
-    if backend != "auto" and all(row.backend != backend for row in table):
-        raise BackendError(f"backend {backend!r} cannot be used: {table[0].reason}")
+    wanted, device = requested(backend), torch.device(device)
+    table = tuple(_choose(op, name, device, dtype) for op, name in wanted.items())
+    missed = [row for row in table if wanted[row.op] not in ("auto", row.backend)]
+    by_op = "=" in backend
+    if missed and (by_op or len(missed) == len(table)):
+        named = f"{missed[0].op}={wanted[missed[0].op]}" if by_op else backend
+        # its reason begins with that of the fall-back
+        _, _, why = missed[0].reason.partition("; ")
+        raise BackendError(f"backend {named!r} cannot be used: {why}")
     bound = {row.op: backend_op(row.backend, row.op) for row in table}
     return Ops(**bound, table=table)

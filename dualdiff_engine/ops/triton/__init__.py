@@ -57,7 +57,7 @@ def proven(device: torch.device) -> tuple[bool, str]:
     from dualdiff_engine.ops.triton import tuning
 
     if device.type != "cuda":
-        return False, "interpreted kernels are for tests"
+        return not interpreted(), "interpreted kernels are for tests"
     capability = torch.cuda.get_device_capability(device)
     if not tuning.table(capability):
         return False, "not measured on compute capability {}.{}; ask for it".format(*capability)

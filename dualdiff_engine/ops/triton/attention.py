@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from dualdiff_engine.ops import flops
 from dualdiff_engine.ops.triton import tuning
 from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
 
@@ -337,18 +337,7 @@ def _(query: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape)
 
 
-@register_flop_formula(torch.ops.dualdiff.attention)
-def _flops(
-    query_shape: torch.Size,
-    key_shape: torch.Size,
-    value_shape: torch.Size,
-    num_heads: int,
-    more_key_shape: torch.Size | None = None,
-    *_: object,
-    **__: object,
-) -> int:
-    keys = key_shape[1] + (0 if more_key_shape is None else more_key_shape[1])
-    return 4 * math.prod(query_shape) * keys
+flops.register("attention", "attention")
 
 
 def _compilation(dtype: torch.dtype, dim: int, name: str, *lengths: int) -> Compilation:

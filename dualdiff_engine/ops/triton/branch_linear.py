@@ -5,14 +5,12 @@ The pieces that other kernels with a product are made of are here too.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from dualdiff_engine.ops import flops
 from dualdiff_engine.ops.triton import tuning
 from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
 
@@ -293,9 +291,8 @@ def _(input: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[-2])
 
 
-@register_flop_formula([torch.ops.dualdiff.linear, torch.ops.dualdiff.branch_linear])
-def _flops(input_shape: torch.Size, weight_shape: torch.Size, *_: object, **__: object) -> int:
-    return 2 * math.prod(input_shape) * weight_shape[-2]
+flops.register("linear", "linear")
+flops.register("branch_linear", "branch_linear")
 
 
 def _compilation(

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from dualdiff_engine.ops import flops
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 from dualdiff_engine.ops.triton import tuning
 from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
@@ -217,10 +217,7 @@ def _(input: Tensor, *_: object) -> Tensor:
     return input.new_empty(input.shape)
 
 
-@register_flop_formula(torch.ops.dualdiff.exchange)
-def _flops(input_shape: torch.Size, *_: object, **__: object) -> int:
-    positions, channels = input_shape[1:]
-    return 3 * 2 * positions * channels * channels
+flops.register("exchange", "exchange")
 
 
 def compilations() -> list[Compilation]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from dualdiff_engine.ops import flops
 from dualdiff_engine.ops.triton import tuning
 from dualdiff_engine.ops.triton.branch_linear import (
     BUSY,
@@ -137,9 +135,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0] // 2)
 
 
-@register_flop_formula(torch.ops.dualdiff.geglu)
-def _flops(input_shape: torch.Size, weight_shape: torch.Size, *_: object, **__: object) -> int:
-    return 2 * math.prod(input_shape) * weight_shape[0]
+flops.register("geglu", "geglu")
 
 
 def _compilation(dtype: torch.dtype, rows: int, channels: int) -> Compilation:

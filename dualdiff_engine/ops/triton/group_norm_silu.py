@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from dualdiff_engine.ops import flops
 from dualdiff_engine.ops.triton import tuning
 from dualdiff_engine.ops.triton.tuning import Compilation, Config
 
@@ -240,10 +240,7 @@ def _(input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) 
     return _like(input)
 
 
-@register_flop_formula(torch.ops.dualdiff.group_norm_silu)
-def _flops(*_: object, **__: object) -> int:
-    # elementwise work counts as none, as PyTorch's own formulas have it
-    return 0
+flops.register("group_norm_silu", "group_norm_silu")
 
 
 def _compilations(kind: str, positions: int, channels: int) -> list[Compilation]:

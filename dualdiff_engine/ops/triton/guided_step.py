@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from dualdiff_engine.ops import flops
 from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
 
 CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
@@ -42,10 +42,7 @@ def _(noise: Tensor, guidance: float) -> Tensor:
     return noise.new_empty(noise.shape[0], *noise.shape[2:], dtype=torch.float32)
 
 
-@register_flop_formula(torch.ops.dualdiff.guided_step)
-def _flops(noise_shape: torch.Size, *_: object, **__: object) -> int:
-    # elementwise work counts as none, as PyTorch's own formulas have it
-    return 0
+flops.register("guided_step", "guided_step")
 
 
 def compilations() -> list[Compilation]:

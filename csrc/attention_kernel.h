@@ -1,0 +1,364 @@
+// softmax(q kᵀ / sqrt(width)) v for one head and a chunk of queries, online over blocks of keys.
+//
+// Lanes are queries. So the scores are [key][query]: the softmax reduces over vectors, never
+// within one, its weights are already laid out for the product with the values, and neither the
+// number of keys nor the width is padded to a vector. Only queries and outputs are transposed,
+// once per chunk.
+//
+// Operands are arrays of 32-bit words along the summed dimension: one fp32 value, or, where the
+// processor multiplies bf16, a pair of bf16 values.
+#pragma once
+
+#include "vector.h"
+
+namespace dualdiff::DUALDIFF_LEVEL {
+
+constexpr int64_t LANES = WIDTH * COLUMNS;
+constexpr int64_t KEY_BLOCK = 128;
+static_assert(QUERY_CHUNK % LANES == 0 && KEY_BLOCK % 2 == 0);
+
+// Words of one fp32 value; bf16 sources are widened.
+struct Single {
+    static constexpr int VALUES = 1;
+
+    static Floats multiply_add(Ints a, Ints b, Floats sum) {
+        return DUALDIFF_LEVEL::multiply_add(Floats(a), Floats(b), sum);
+    }
+
+    static void pack_row(const float* from, int64_t width, uint32_t* to) {
+        memcpy(to, from, width * sizeof(float));
+    }
+    static void pack_row(const Bf16* from, int64_t width, uint32_t* to) {
+        for (int64_t i = 0; i < width; ++i) to[i] = uint32_t(from[i].bits) << 16;
+    }
+
+    static Ints join(Floats even, Floats) { return Ints(even); }
+};
+
+#if DUALDIFF_HAS_BF16_PRODUCT
+// Words of two bf16 values, the earlier one in the low half.
+struct Pair {
+    static constexpr int VALUES = 2;
+
+    static Floats multiply_add(Ints a, Ints b, Floats sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    }
+
+    static void pack_row(const Bf16* from, int64_t width, uint32_t* to) {
+        to[(width - 1) / 2] = 0;
+        memcpy(to, from, width * sizeof(Bf16));
+    }
+
+    static Ints join(Floats even, Floats odd) {
+        const Halves32 interleave = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        return Ints(_mm512_permutexvar_epi16((__m512i)interleave,
+                                             (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+    }
+
+  private:
+    typedef uint16_t Halves32 __attribute__((vector_size(64)));
+};
+#endif
+
+// tile[row][lane] = sum over steps of left[row, step] * right[step][lane]
+template <class Product, int HEIGHT>
+inline void multiply(const uint32_t* left, int64_t row_stride, int64_t step_stride,
+                     const uint32_t* right, int64_t steps, Floats (&tile)[HEIGHT][COLUMNS]) {
+    for (int row = 0; row < HEIGHT; ++row)
+        for (int column = 0; column < COLUMNS; ++column) tile[row][column] = Floats{};
+    for (int64_t step = 0; step < steps; ++step, left += step_stride, right += LANES) {
+        Ints columns[COLUMNS];
+        for (int column = 0; column < COLUMNS; ++column)
+            memcpy(&columns[column], right + column * WIDTH, sizeof(Ints));
+        for (int row = 0; row < HEIGHT; ++row) {
+            Ints value = splat(int32_t(left[row * row_stride]));
+            for (int column = 0; column < COLUMNS; ++column)
+                tile[row][column] =
+                    Product::multiply_add(value, columns[column], tile[row][column]);
+        }
+    }
+}
+
+// Calls act.template operator()<HEIGHT>(first) on tiles of TILE_ROWS and a last smaller one.
+template <int HEIGHT = TILE_ROWS, class Act>
+inline void for_tiles(int64_t first, int64_t count, const Act& act) {
+    if constexpr (HEIGHT > 0) {
+        for (; first + HEIGHT <= count; first += HEIGHT) act.template run<HEIGHT>(first);
+        for_tiles<HEIGHT - 1>(first, count, act);
+    }
+}
+
+// scores[key][lane], and their maximum so far
+template <class Product>
+struct ScoreTiles {
+    const uint32_t *keys, *queries;
+    int64_t words;
+    float *scores, *top;
+
+    template <int HEIGHT>
+    void run(int64_t first) const {
+        Floats tile[HEIGHT][COLUMNS];
+        multiply<Product>(keys + first * words, words, 1, queries, words, tile);
+        for (int column = 0; column < COLUMNS; ++column) {
+            Floats best = load(top + column * WIDTH);
+            for (int row = 0; row < HEIGHT; ++row) {
+                best = maximum(best, tile[row][column]);
+                store(scores + (first + row) * LANES + column * WIDTH, tile[row][column]);
+            }
+            store(top + column * WIDTH, best);
+        }
+    }
+};
+
+// out[channel][lane] = decay * out + sum over keys of value * weight
+template <class Product>
+struct ValueTiles {
+    const uint32_t *values, *weights;
+    int64_t steps, width;
+    const float* decay;
+    float* out;
+
+    template <int HEIGHT>
+    void run(int64_t first) const {
+        Floats tile[HEIGHT][COLUMNS];
+        multiply<Product>(values + first, 1, width, weights, steps, tile);
+        for (int column = 0; column < COLUMNS; ++column) {
+            Floats factor = load(decay + column * WIDTH);
+            for (int row = 0; row < HEIGHT; ++row) {
+                float* place = out + (first + row) * LANES + column * WIDTH;
+                store(place, multiply_add(load(place), factor, tile[row][column]));
+            }
+        }
+    }
+};
+
+// One thread's memory, laid out for a shape.
+struct AttentionScratch {
+    int64_t words;         // of a row of queries or keys
+    int64_t padded_words;  // the same, whole transposed blocks
+
+    // [blocks][padded_words][LANES], [KEY_BLOCK][words], [KEY_BLOCK][width], [KEY_BLOCK][LANES]
+    uint32_t *queries, *keys, *values, *weights;
+    // [WIDTH][padded_words]
+    uint32_t* staging;
+    // [blocks][width][LANES], then [blocks][LANES] each, then [LANES] each
+    float *out, *maxima, *sums, *top, *decay;
+
+    uintptr_t end;
+
+    AttentionScratch(const Attention& a, int values_per_word, uintptr_t start)
+        : words((a.width + values_per_word - 1) / values_per_word),
+          padded_words(round_up(words, WIDTH)),
+          end(start) {
+        int64_t lanes = round_up(least(a.query.length, QUERY_CHUNK), LANES);
+        take(queries, padded_words * lanes);
+        take(keys, KEY_BLOCK * words);
+        take(values, KEY_BLOCK * a.width);
+        take(weights, KEY_BLOCK * LANES);
+        take(staging, WIDTH * padded_words);
+        take(out, a.width * lanes);
+        take(maxima, lanes);
+        take(sums, lanes);
+        take(top, LANES);
+        take(decay, LANES);
+    }
+
+  private:
+    template <class Element>
+    void take(Element*& place, int64_t count) {
+        place = reinterpret_cast<Element*>(end);
+        // arrays start on lines of their own
+        end += round_up(count * sizeof(Element), 64);
+    }
+};
+
+template <class Product, class Element>
+class AttentionItem {
+  public:
+    AttentionItem(const Attention& attention, int64_t item, void* memory)
+        : a(attention),
+          s(attention, Product::VALUES, reinterpret_cast<uintptr_t>(memory)),
+          row(item / a.chunks() / a.heads),
+          offset(item / a.chunks() % a.heads * a.width),
+          first_query(item % a.chunks() * QUERY_CHUNK),
+          queries(least(QUERY_CHUNK, a.query.length - first_query)),
+          blocks((queries + LANES - 1) / LANES),
+          // the softmax is taken in base two
+          scale(LOG2_E / __builtin_sqrtf(float(a.width))) {}
+
+    void run() {
+        for (int64_t block = 0; block < blocks; ++block) pack_queries(block);
+        memset(s.out, 0, blocks * a.width * LANES * sizeof(float));
+        for (int64_t lane = 0; lane < blocks * LANES; ++lane) {
+            s.maxima[lane] = -__builtin_inff();
+            s.sums[lane] = 0;
+        }
+        int64_t total = a.key.length + a.more_key.length;
+        for (int64_t first = 0; first < total; first += KEY_BLOCK) {
+            int64_t count = least(KEY_BLOCK, total - first);
+            pack_keys(first, count);
+            pack_values(first, count);
+            for (int64_t block = 0; block < blocks; ++block) attend(block, count);
+        }
+        for (int64_t block = 0; block < blocks; ++block) write(block);
+    }
+
+  private:
+    const Attention& a;
+    AttentionScratch s;
+    int64_t row, offset, first_query, queries, blocks;
+    float scale;
+
+    const Element* at(const Rows& rows, int64_t position) const {
+        return static_cast<const Element*>(rows.data) + row * rows.batch_stride +
+               position * rows.row_stride + offset;
+    }
+
+    // position in the first source, or, after its end, in the second
+    const Element* joined(const Rows& one, const Rows& two, int64_t position) const {
+        return position < one.length ? at(one, position) : at(two, position - one.length);
+    }
+
+    void pack_queries(int64_t block) {
+        uint32_t* to = s.queries + block * s.padded_words * LANES;
+        for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+            memset(s.staging, 0, WIDTH * s.padded_words * sizeof(uint32_t));
+            for (int64_t i = 0; i < WIDTH; ++i) {
+                int64_t query = block * LANES + lane + i;
+                if (query < queries)
+                    Product::pack_row(at(a.query, first_query + query), a.width,
+                                      s.staging + i * s.padded_words);
+            }
+            for (int64_t word = 0; word < s.padded_words; word += WIDTH) {
+                Floats square[WIDTH];
+                for (int i = 0; i < WIDTH; ++i)
+                    memcpy(&square[i], s.staging + i * s.padded_words + word, sizeof(Floats));
+                transpose(square);
+                for (int i = 0; i < WIDTH; ++i)
+                    memcpy(to + (word + i) * LANES + lane, &square[i], sizeof(Floats));
+            }
+        }
+    }
+
+    void pack_keys(int64_t first, int64_t count) {
+        for (int64_t key = 0; key < count; ++key)
+            Product::pack_row(joined(a.key, a.more_key, first + key), a.width,
+                              s.keys + key * s.words);
+    }
+
+    void pack_values(int64_t first, int64_t count) {
+        for (int64_t key = 0; key < count; key += Product::VALUES) {
+            const Element* even = joined(a.value, a.more_value, first + key);
+            uint32_t* to = s.values + key / Product::VALUES * a.width;
+            if constexpr (Product::VALUES == 1) {
+                Product::pack_row(even, a.width, to);
+            } else if (key + 1 < count) {
+                const Element* odd = joined(a.value, a.more_value, first + key + 1);
+                for (int64_t i = 0; i < a.width; ++i)
+                    to[i] = even[i].bits | uint32_t(odd[i].bits) << 16;
+            } else {
+                for (int64_t i = 0; i < a.width; ++i) to[i] = even[i].bits;
+            }
+        }
+    }
+
+    void attend(int64_t block, int64_t count) {
+        const uint32_t* packed = s.queries + block * s.padded_words * LANES;
+        for (int64_t lane = 0; lane < LANES; ++lane) s.top[lane] = -__builtin_inff();
+        float* scores = reinterpret_cast<float*>(s.weights);
+        for_tiles(0, count, ScoreTiles<Product>{s.keys, packed, s.words, scores, s.top});
+        weigh(block, count);
+        int64_t steps = (count + Product::VALUES - 1) / Product::VALUES;
+        float* out = s.out + block * a.width * LANES;
+        for_tiles(0, a.width,
+                  ValueTiles<Product>{s.values, s.weights, steps, a.width, s.decay, out});
+    }
+
+    // scores -> exp2(scale * score - maximum), in place; maxima, sums and the decay of what came
+    // before
+    void weigh(int64_t block, int64_t count) {
+        float* maxima = s.maxima + block * LANES;
+        float* sums = s.sums + block * LANES;
+        Floats top[COLUMNS], sum[COLUMNS];
+        for (int column = 0; column < COLUMNS; ++column) {
+            int64_t lane = column * WIDTH;
+            Floats before = load(maxima + lane);
+            top[column] = maximum(before, load(s.top + lane) * scale);
+            store(maxima + lane, top[column]);
+            store(s.decay + lane, exp2<6>(before - top[column]));
+            sum[column] = Floats{};
+        }
+        for (int64_t key = 0; key < count; key += Product::VALUES) {
+            for (int column = 0; column < COLUMNS; ++column) {
+                uint32_t* place = s.weights + key * LANES + column * WIDTH;
+                Floats weights[2] = {};
+                for (int i = 0; i < Product::VALUES; ++i) {
+                    if (key + i == count) break;
+                    Floats score;
+                    memcpy(&score, place + i * LANES, sizeof score);
+                    weights[i] = exp2<EXP2_DEGREE<Element>>(
+                        multiply_add(score, splat(scale), -top[column]));
+                    sum[column] += weights[i];
+                }
+                Ints joined = Product::join(weights[0], weights[1]);
+                memcpy(s.weights + key / Product::VALUES * LANES + column * WIDTH, &joined,
+                       sizeof joined);
+            }
+        }
+        for (int column = 0; column < COLUMNS; ++column) {
+            int64_t lane = column * WIDTH;
+            store(sums + lane, multiply_add(load(sums + lane), load(s.decay + lane), sum[column]));
+        }
+    }
+
+    void write(int64_t block) {
+        Element* out = static_cast<Element*>(a.out);
+        const float* from = s.out + block * a.width * LANES;
+        for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+            int64_t query = block * LANES + lane;
+            Floats inverse = 1.0f / load(s.sums + query);
+            for (int64_t channel = 0; channel < a.width; channel += WIDTH) {
+                Floats square[WIDTH] = {};
+                for (int i = 0; i < WIDTH; ++i)
+                    if (channel + i < a.width)
+                        square[i] = load(from + (channel + i) * LANES + lane) * inverse;
+                transpose(square);
+                int64_t left = a.width - channel;
+                for (int i = 0; i < WIDTH; ++i) {
+                    if (query + i >= queries) break;
+                    int64_t position = row * a.query.length + first_query + query + i;
+                    Element* to = out + position * a.heads * a.width + offset + channel;
+                    if (left < WIDTH)
+                        store(to, square[i], Part{left});
+                    else
+                        store(to, square[i]);
+                }
+            }
+        }
+    }
+};
+
+template <class Product, class Element>
+void run_attention(const Attention& a, int64_t item, void* scratch) {
+    AttentionItem<Product, Element>(a, item, scratch).run();
+}
+
+#if DUALDIFF_HAS_BF16_PRODUCT
+using Bf16Product = Pair;
+#else
+using Bf16Product = Single;
+#endif
+
+inline void attention(const Attention& a, int64_t item, void* scratch) {
+    if (a.bf16)
+        run_attention<Bf16Product, Bf16>(a, item, scratch);
+    else
+        run_attention<Single, float>(a, item, scratch);
+}
+
+inline int64_t attention_scratch(const Attention& a) {
+    return AttentionScratch(a, a.bf16 ? Bf16Product::VALUES : Single::VALUES, 0).end;
+}
+
+}  // namespace dualdiff::DUALDIFF_LEVEL

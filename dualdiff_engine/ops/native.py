@@ -1,0 +1,266 @@
+"""CPU kernels in C++ (csrc/): attention, and what lies between the products of the other ops.
+
+Built only when asked for, see setup.py. The best instructions of the processor are chosen when the
+extension is loaded. Products of two matrices stay oneDNN's. A row of a result depends neither on
+the rows beside it nor on the number of threads, oneDNN's products aside.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+# loads the OpenMP runtime that the extension then shares
+import torch
+from torch import Tensor
+
+from dualdiff_engine.ops import flops, onednn
+from dualdiff_engine.ops.reference import INTERACTION_EPS
+
+_native: Any = None
+_missing = ""
+try:
+    _native = importlib.import_module("dualdiff_engine._native")
+except ModuleNotFoundError:
+    _missing = "not built: DUALDIFF_BUILD_NATIVE=cpu pip install ."
+except ImportError as error:
+    _missing = f"the extension cannot be loaded: {error}"
+
+# op -> whether part of it is oneDNN's
+OPS = {"attention": False, "exchange": True, "group_norm_silu": False, "geglu": True}
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS_PER_THREAD = 256
+# of the second source, where there is none
+NO_ROWS = (0, 0, 0, 0)
+
+
+def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether this backend serves an op here, and why or why not."""
+    if device.type != "cpu":
+        return False, f"serves the CPU, the engine is on {device.type}"
+    if dtype not in DTYPES:
+        return False, f"no {dtype} kernels"
+    if _missing:
+        return False, _missing
+    if op not in OPS:
+        return False, f"has no {op}"
+    if OPS[op]:
+        ok, reason = onednn.supported(op, device, dtype)
+        if not ok:
+            return False, reason
+    return True, f"C++ kernels for {_native.levels()[0]}"
+
+
+def _checked(op: str, *tensors: Tensor) -> bool:
+    """Whether the tensors are bf16; ValueError unless all are on the CPU and of one known dtype."""
+    dtypes, devices = {x.dtype for x in tensors}, {x.device.type for x in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES) or devices != {"cpu"}:
+        raise ValueError(
+            f"{op} takes fp32 or bf16 on the CPU, one for all; got {dtypes} on {devices}"
+        )
+    return torch.bfloat16 in dtypes
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int]:
+    """Address, strides and length of [N, L, C], whose columns are adjacent."""
+    return x.data_ptr(), x.stride(0), x.stride(1), x.shape[1]
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _runs(rows: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of runs of rows short enough for their intermediates to stay in the caches.
+
+    The wide half of a feed-forward is then never in memory, whose pages cost as much as a product.
+    """
+    step = ROWS_PER_THREAD * _threads()
+    for first in range(0, rows, step):
+        yield first, min(step, rows - first)
+
+
+@torch.library.custom_op("dualdiff::native_attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    more_key: Tensor | None = None,
+    more_value: Tensor | None = None,
+) -> Tensor:
+    """As `reference.attention`: softmax(q [k, k']ᵀ / sqrt(D)) [v, v'] per head.
+
+    query [N, S, C], key and value [N, L, C], more_key and more_value [N, L', C] or neither, with
+    L + L' > 0 -> [N, S, C] contiguous. Rows and batch have any strides; columns that are not
+    adjacent are copied. Softmax and sums in fp32; in bf16 the weights are rounded before they meet
+    the values where the processor multiplies bf16. Raises ValueError on other inputs.
+    """
+    sources = [key, value]
+    if more_key is not None and more_value is not None:
+        sources += [more_key, more_value]
+    elif more_key is not more_value:
+        raise ValueError("attention takes both more_key and more_value, or neither; got one")
+    bf16 = _checked("attention", query, *sources)
+    if query.dim() != 3 or num_heads < 1 or query.shape[-1] % num_heads:
+        raise ValueError(
+            f"attention takes query [N, S, C], C of {num_heads} heads; got {list(query.shape)}"
+        )
+    pairs = zip(sources[::2], sources[1::2], strict=True)
+    if any(
+        k.dim() != 3 or k.shape != v.shape or k.shape[::2] != query.shape[::2] for k, v in pairs
+    ):
+        got = ", ".join(str(list(x.shape)) for x in sources)
+        raise ValueError(
+            f"attention takes keys and values [{query.shape[0]}, L, {query.shape[2]}]; got {got}"
+        )
+    if sum(x.shape[1] for x in sources) == 0:
+        raise ValueError("attention takes at least one key; got none")
+    out = query.new_empty(query.shape)
+    if out.numel():
+        adjacent = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, *sources)]
+        rows = [_rows(x) for x in adjacent] + [NO_ROWS] * (4 - len(sources))
+        batch, _, channels = query.shape
+        _native.attention(
+            *rows, out.data_ptr(), batch, num_heads, channels // num_heads, bf16,
+            _threads(),
+        )  # fmt: skip
+    return out
+
+
+@attention.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+flops.register("attention", "native_attention")
+
+
+@torch.library.custom_op("dualdiff::native_exchange", mutates_args=())
+def exchange(
+    input: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    residual: Tensor,
+    eps: float = INTERACTION_EPS,
+) -> Tensor:
+    """As `reference.exchange`: residual + x + V (x̂_1 + gate_f d) + v, gate_f from M, m.
+
+    input and residual [2, M, C], weights [C, C], biases [C] -> [2, M, C]. What is not contiguous
+    is copied. Statistics, scores and gates in fp32; operands of products, and residual + x, in the
+    input's dtype. Raises ValueError on other shapes.
+    """
+    weights = (gate_weight, gate_bias, value_weight, value_bias)
+    bf16 = _checked("exchange", input, *weights, residual)
+    channels = input.shape[-1]
+    square, line = (channels, channels), (channels,)
+    fits = input.dim() == 3 and input.shape[0] == 2 and residual.shape == input.shape
+    if not fits or [x.shape for x in weights] != [square, line, square, line]:
+        raise ValueError(
+            "exchange takes input and residual [2, M, C], weights [C, C] and biases [C]; "
+            f"got {[list(x.shape) for x in (input, *weights)]} and residual {list(residual.shape)}"
+        )
+    x, residual = input.contiguous(), residual.contiguous()
+    gate_weight, value_weight = gate_weight.contiguous(), value_weight.contiguous()
+    gate_bias = gate_bias.float().contiguous()
+    out = x.new_empty(x.shape)
+    positions = x.shape[1] if channels else 0
+    for first, count in _runs(positions):
+        offset = first * channels * x.element_size()
+        run = (x.data_ptr() + offset, positions * channels, count, channels, bf16, _threads())
+        difference = x.new_empty(count, channels)
+        moments = x.new_empty(count, 2, 2, dtype=torch.float32)
+        _native.normalise_difference(*run, difference.data_ptr(), moments.data_ptr(), eps)
+        projected = onednn.linear(difference, gate_weight)
+        mixed = x.new_empty(2, count, channels)
+        _native.mix(
+            *run, projected.data_ptr(), gate_bias.data_ptr(), moments.data_ptr(), mixed.data_ptr()
+        )
+        product = onednn.linear(mixed, value_weight, value_bias)
+        _native.add(*run, product.data_ptr(), residual.data_ptr() + offset, out.data_ptr() + offset)
+    return out
+
+
+@exchange.register_fake
+def _(input: Tensor, *_: object) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+flops.register("exchange", "native_exchange")
+
+
+def _empty_map(input: Tensor) -> Tensor:
+    """[N, C, h, w] channels-last, whatever the input's strides."""
+    rows, channels, height, width = input.shape
+    return input.new_empty(rows, height, width, channels).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("dualdiff::native_group_norm_silu", mutates_args=())
+def group_norm_silu(
+    input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """As `reference.group_norm_silu`: silu(group_norm(x)).
+
+    input [N, C, h, w], weight and bias [C] -> the same, channels-last; another layout is copied to
+    that first. Sums over 64 positions in fp32, of those in fp64. Raises ValueError on other shapes.
+    """
+    bf16 = _checked("group_norm_silu", input, weight, bias)
+    channels = input.shape[1] if input.dim() == 4 else 0
+    fits = channels and num_groups > 0 and channels % num_groups == 0
+    if not fits or (weight.shape, bias.shape) != ((channels,), (channels,)):
+        raise ValueError(
+            f"group_norm_silu takes [N, C, h, w], C of {num_groups} groups, weight and bias [C]; "
+            f"got {list(input.shape)}, {list(weight.shape)}, {list(bias.shape)}"
+        )
+    out = _empty_map(input)
+    if out.numel():
+        x = input.contiguous(memory_format=torch.channels_last)
+        weight, bias = weight.float().contiguous(), bias.float().contiguous()
+        _native.group_norm_silu(
+            x.data_ptr(), out.data_ptr(), weight.data_ptr(), bias.data_ptr(), x.shape[0],
+            x[0, 0].numel(), channels, num_groups, eps, bf16, _threads(),
+        )  # fmt: skip
+    return out
+
+
+@group_norm_silu.register_fake
+def _(input: Tensor, *_: object) -> Tensor:
+    return _empty_map(input)
+
+
+flops.register("group_norm_silu", "native_group_norm_silu")
+
+
+@torch.library.custom_op("dualdiff::native_geglu", mutates_args=())
+def geglu(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `reference.geglu`: a · gelu(b), (a, b) = halves of x Wᵀ + bias, with the exact (erf) GELU.
+
+    input [..., C], weight [2·I, C], bias [2·I] -> [..., I]. The halves are in the input's dtype,
+    the gate in fp32. Raises ValueError on other shapes.
+    """
+    bf16 = _checked("geglu", input, weight, bias)
+    wide = weight.shape[0]
+    if weight.shape != (wide, input.shape[-1]) or bias.shape != (wide,) or wide % 2:
+        raise ValueError(
+            "geglu takes input [..., C], weight [2·I, C] and bias [2·I]; "
+            f"got {list(input.shape)}, {list(weight.shape)}, {list(bias.shape)}"
+        )
+    width = wide // 2
+    out = input.new_empty(*input.shape[:-1], width)
+    flat, weight = input.reshape(-1, input.shape[-1]), weight.contiguous()
+    for first, count in _runs(flat.shape[0] if width else 0):
+        product = onednn.linear(flat[first : first + count], weight, bias)
+        place = out.data_ptr() + first * width * out.element_size()
+        _native.gate(product.data_ptr(), place, count, width, bf16, _threads())
+    return out
+
+
+@geglu.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0] // 2)
+
+
+flops.register("geglu", "native_geglu")
