@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import dualdiff_engine
 from dualdiff_engine import settings
+from dualdiff_engine.cli_options import (
+    MOST_PAIRS,
+    AdapterPath,
+    AllowPickle,
+    Backend,
+    Base,
+    Batch,
+    Count,
+    CudaGraph,
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Masker,
+    Noise,
+    NoiseSeed,
+    ObjectMask,
+    Out,
+    Picture,
+    Prompt,
+    Quiet,
+    Scheduler,
+    Seed,
+    Seeds,
+    Size,
+    Steps,
+)
+from dualdiff_engine.doctor import doctor, print_table
 from dualdiff_engine.errors import AdapterError, BaseModelError, DualDiffError, SettingsError
-from dualdiff_engine.settings import Background, NoiseMode, Prompts, Sampling
+from dualdiff_engine.settings import Background, Prompts, Sampling
 
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.output import FolderWriter
 
 FAILED, INTERRUPTED = 2, 130
-# no run is this long; a slip of the finger is
-MOST_PAIRS = 1_000_000
 
 # what the library's messages tell Python callers to do, for the command line
 _SPOKEN = {
@@ -38,16 +62,6 @@ _SPOKEN = {
     "background=Background(…)": "--background PICTURE",
     "pass batch=": "pass --batch ",
 }
-# distribution -> the extra that brings it
-_OPTIONAL = {
-    "triton": "triton",
-    "xformers": "xformers",
-    "onnx": "onnx",
-    "onnxruntime": "onnx",
-    "onnxruntime-gpu": "ort-gpu",
-    "tensorrt": "tensorrt",
-}
-
 # `UsageError` of the click that this typer uses, its own copy or the package
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -65,30 +79,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_file = {"exists": True, "dir_okay": False, "readable": True}
-Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
-AdapterPath = Annotated[Path, typer.Option(help="Adapter file, its folder, or checkpoint-N.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; a run that it holds is continued.")]
-Count = Annotated[int | None, typer.Option("--count", "-n", min=1, max=MOST_PAIRS, help="Pairs.")]
-Seeds = Annotated[str | None, typer.Option(help="A pair each: 1,2,5 or 10:20 (which ends at 19).")]
-Seed = Annotated[int | None, typer.Option(help="Of the first pair, then one up each.")]
-Batch = Annotated[int | None, typer.Option(min=1, help="Pairs computed at once.")]
-Steps = Annotated[int | None, typer.Option(help="By default 100, with background 50.")]
-Guidance = Annotated[float | None, typer.Option(help="By default 2.5, with background 2.0.")]
-Scheduler = Annotated[str | None, typer.Option(help="A diffusers class; by default the base's.")]
-Size = Annotated[str | None, typer.Option(help="Pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
-Prompt = Annotated[str, typer.Option()]
-Picture = Annotated[Path | None, typer.Option(**_file, help="Surroundings to keep.")]
-ObjectMask = Annotated[Path | None, typer.Option(**_file, help="The object in it, in white.")]
-Noise = Annotated[NoiseMode | None, typer.Option(help="New per step, or once; by default fresh.")]
-NoiseSeed = Annotated[int | None, typer.Option(help="By default 0.")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option()]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
-Backend = Annotated[str, typer.Option(help="auto, or a backend that `dualdiff doctor` lists.")]
-Masker = Annotated[Path | None, typer.Option(**_file, help="ONNX model that makes the masks.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .bin that you trust.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)]
 
 
@@ -154,6 +144,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    cuda_graph: CudaGraph = None,
     segmenter: Masker = None,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
@@ -182,6 +173,7 @@ def generate(
             dtype=dtype,
             device=device,
             backend=backend,
+            cuda_graph=cuda_graph,
             max_batch=batch,
             allow_pickle=allow_pickle,
         ) as engine:
@@ -323,7 +315,7 @@ def inspect(
     summary["background"] = "needed; its learnt share per site:" if blend else "none"
     summary["fits"] = base or "not checked: pass --base"
     rows = ((name.replace("_", " "), value) for name, value in summary.items())
-    _print_table(chain(rows, ((name, f"{value:.4f}") for name, value in blend.items())))
+    print_table(chain(rows, ((name, f"{value:.4f}") for name, value in blend.items())))
 
 
 def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
@@ -342,58 +334,4 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     return sites, {f"text_model.encoder.layers.{n}.self_attn": width for n in range(layers)}
 
 
-@app.command()
-def doctor(device: Device = "auto", dtype: Dtype = "auto", as_json: Json = False) -> None:
-    """Show versions, devices, and which backend serves each operation."""
-    from dualdiff_engine import ops, recipe, request
-
-    chosen_device = request.device_of(device)
-    chosen_dtype = request.dtype_of(dtype, chosen_device)
-    report: dict[str, Any] = {
-        "versions": {"python": platform.python_version(), **recipe.versions()},
-        "optional": {name: _installed(name) for name in _OPTIONAL},
-        "devices": _devices(),
-        "device": str(chosen_device),
-        "dtype": str(chosen_dtype).removeprefix("torch."),
-        "ops": [row._asdict() for row in ops.bind(device=chosen_device, dtype=chosen_dtype).table],
-    }
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-        return
-    _print_table(report["versions"].items())
-    _print_table(
-        (name, version or f"not installed: pip install 'dualdiff-engine[{_OPTIONAL[name]}]'")
-        for name, version in report["optional"].items()
-    )
-    _print_table(
-        (name, ", ".join(f"{what} {much}" for what, much in device.items()) or "none")
-        for name, device in report["devices"].items()
-    )
-    typer.echo(f"\noperations on {report['device']} in {report['dtype']}:")
-    _print_table((row["op"], f"{row['backend']:<12}{row['reason']}") for row in report["ops"])
-
-
-def _installed(distribution: str) -> str | None:
-    """Its version, without importing it."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _devices() -> dict[str, Any]:
-    import torch
-
-    found: dict[str, Any] = {"cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()}}
-    for number in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(number)
-        memory, capability = round(gpu.total_memory / 2**30), f"{gpu.major}.{gpu.minor}"
-        found[f"cuda:{number}"] = {"name": gpu.name, "GiB": memory, "capability": capability}
-    return found if len(found) > 1 else {**found, "cuda": {}}
-
-
-def _print_table(rows: Iterable[tuple[str, object]]) -> None:
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+app.command()(doctor)

@@ -82,7 +82,7 @@ def _draw(engine: Engine, job: Job, start: int, bar: tqdm[Any]) -> Tensor | None
 
     try:
         return denoise(
-            engine.unet,
+            engine.denoiser,
             engine.ops,
             engine.scheduler(job.sampling),
             latents.to(engine.device),
@@ -105,7 +105,9 @@ def _largest_that_fits(engine: Engine, job: Job, batch: int) -> int:
     size = engine.latent_size(job.sampling)
     while batch:
         try:
-            engine.unet(torch.zeros(2, 1, batch, 4, *size, device=engine.device), bias, job.text)
+            engine.denoiser(
+                torch.zeros(2, 1, batch, 4, *size, device=engine.device), bias, job.text
+            )
             return batch
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):

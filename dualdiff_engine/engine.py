@@ -16,6 +16,7 @@ from dualdiff_engine.background import BackgroundBank
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.drawing import Job, StepCallback, draw_pairs
 from dualdiff_engine.errors import BaseModelError, SettingsError
+from dualdiff_engine.graph import GraphedDenoiser
 from dualdiff_engine.masks import Segmenter, extract_mask
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops, bind
@@ -42,7 +43,13 @@ class Engine:
     """
 
     def __init__(
-        self, base: BaseModel, ops: Ops, device: torch.device, dtype: torch.dtype, max_batch: int
+        self,
+        base: BaseModel,
+        ops: Ops,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch: int,
+        cuda_graph: bool = False,
     ) -> None:
         self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
         self.max_batch = max_batch
@@ -50,12 +57,16 @@ class Engine:
         # half precision overflows in this VAE's decoder
         self.vae = base.load_vae(device, torch.float32 if dtype == torch.float16 else dtype)
         self.unet = DualUNet(base.unet_config, ops, background=True)
+        # what the loop calls: the network, or its captured graphs
+        self.denoiser: DualUNet | GraphedDenoiser = self.unet
         self._load(weights.fold_network(base.unet, device, dtype))
         if lacking := self.unet.missing():
             raise BaseModelError(
                 f"the base UNet lacks {weights.diffusers_name(lacking[0])} "
                 f"({len(lacking)} tensors in all): download it again"
             )
+        if cuda_graph:
+            self.denoiser = GraphedDenoiser(self.unet)
         self._residents: dict[str, _Resident] = {}
         self._active: str | None = None
         self.interrupted = False
@@ -70,6 +81,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         backend: str = "auto",
+        cuda_graph: bool | None = None,
         max_batch: int | None = None,
         allow_pickle: bool = False,
         revision: str | None = None,
@@ -79,7 +91,9 @@ class Engine:
 
         base: a diffusers Stable Diffusion folder or a hub id. adapter: see `load_adapter`. dtype:
         float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
-        or a name that `dualdiff doctor` lists. max_batch: most pairs computed at once, by default 4
+        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops. cuda_graph: replay
+        denoiser calls from captured CUDA graphs; by default where Triton serves attention on a GPU.
+        max_batch: most pairs computed at once, by default 4
         on a CPU and 32 on a GPU.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
@@ -90,13 +104,14 @@ class Engine:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise SettingsError(f"max_batch must be a positive whole number, got {max_batch!r}")
         ops = bind(backend, device=device, dtype=dtype)
+        graphed = request.cuda_graph_of(cuda_graph, device, ops)
         # the small file first: a wrong adapter is refused before gigabytes are read
         loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
         model = BaseModel(base, revision=revision, local_files_only=local_files_only)
         if device.type == "cpu":
             memory.keep_freed_blocks()
         with torch.inference_mode():
-            engine = cls(model, ops, device, dtype, max_batch)
+            engine = cls(model, ops, device, dtype, max_batch, graphed)
             if loaded is not None:
                 engine._keep_adapter(loaded, adapters.default_name(str(adapter)))
         return engine
@@ -231,6 +246,7 @@ class Engine:
         """Drop every weight."""
         self._residents.clear()
         self._active, self._bank = None, None
+        self.denoiser = self.unet
         self.unet.to("meta")
         self.vae.to("meta")
 
@@ -265,14 +281,14 @@ class Engine:
         text = self.unet.text_projections(context.to(self.device, self.dtype))
         shares = None
         if background_latents is not None:
-            shares = self.unet.background_shares(background_latents.to(self.device), bias, text)
-        return self.unet(latents.to(self.device), bias, text, shares)
+            shares = self.denoiser.background_shares(background_latents.to(self.device), bias, text)
+        return self.denoiser(latents.to(self.device), bias, text, shares)
 
     # -----------------------------------------------------------------------------------------
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         try:
-            self.unet.load(tensors)
+            self.denoiser.load(tensors)
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise BaseModelError(f"unet weights do not match unet/config.json: {reason}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.ops import Ops
 from dualdiff_engine.settings import require_seed
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +44,16 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
             "float16 on a CPU is emulated and hundreds of times slower: use bfloat16"
         )
     return chosen
+
+
+def cuda_graph_of(wanted: bool | None, device: torch.device, ops: Ops) -> bool:
+    """By default where Triton's kernels serve attention on a GPU."""
+    if wanted and device.type != "cuda":
+        raise SettingsError(f"cuda_graph needs an NVIDIA GPU, the engine is on {device}")
+    if wanted is not None:
+        return wanted
+    row = next(row for row in ops.table if row.op == "attention")
+    return device.type == "cuda" and row.backend == "triton"
 
 
 def size_of(size: int | Sequence[int] | None, default: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.background import BackgroundBank
+from dualdiff_engine.graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops
 from dualdiff_engine.settings import Sampling
@@ -24,7 +25,7 @@ def draw_latents(generators: Sequence[torch.Generator], height: int, width: int)
 
 
 def denoise(
-    unet: DualUNet,
+    unet: DualUNet | GraphedDenoiser,
     ops: Ops,
     scheduler: Any,
     latents: Tensor,

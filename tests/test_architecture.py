@@ -23,13 +23,14 @@ LAYERS = {
     "adapter_files": {"errors"},
     "adapters": {"adapter_files", "errors", "settings"},
     "weights": {"adapters", "errors"},
-    "request": {"errors", "settings"},
+    "request": {"errors", "ops", "settings"},
     "ops": {"ops", "errors"},
     "model": {"model", "ops", "errors"},
     "base_model": {"model", "errors"},
     "text": {"weights", "adapters", "errors", "settings"},
     "background": {"errors", "settings"},
-    "sampler": {"background", "model", "ops", "settings"},
+    "graph": {"errors", "model"},
+    "sampler": {"background", "graph", "model", "ops", "settings"},
     "output": {"errors", "pair"},
 }
 

@@ -24,7 +24,9 @@ from dualdiff_engine import (
     SettingsError,
     adapters,
 )
-from support import DATA, golden_engine
+from dualdiff_engine.graph import GraphedDenoiser
+from dualdiff_engine.ops import bind
+from support import DATA, Recorder, golden_engine
 
 QUICK: dict[str, Any] = {"steps": 3, "size": 64}
 
@@ -67,7 +69,7 @@ def test_pair_and_recipe(dual: Engine) -> None:
     assert recipe["prompts"] == {"image": "a vfx with sks", "anomaly": "sks", "negative": ""}
     assert len(recipe["base"]["sha256"]) == len(recipe["adapter"]["sha256"]) == 64
     assert recipe["background"] is None
-    assert recipe["backends"]["exchange"] in ("onednn", "reference")
+    assert recipe["backends"] == {row.op: row.backend for row in bind().table}
     assert recipe["versions"]["torch"] == torch.__version__
 
 
@@ -168,6 +170,24 @@ def test_switching_adapters_leaves_no_trace(tmp_path: Path) -> None:
         engine.generate()
     with pytest.raises(SettingsError, match=r"no adapter 'adapter' is loaded \(loaded: other\)"):
         engine.set_adapter("adapter")
+
+
+def test_graphs_draw_the_same_pairs(tmp_path: Path) -> None:
+    """A recorder stands for the capture: what the loop passes must be copied, or it shows."""
+    plain, graphed, recorder = golden_engine("dual"), golden_engine("dual"), Recorder()
+    graphed.denoiser = GraphedDenoiser(graphed.unet, recorder)
+    other = other_adapter(tmp_path)
+    for seed, name in ((1, "adapter"), (2, "other"), (2, "adapter")):
+        for engine in (plain, graphed):
+            if name not in engine.adapters:
+                engine.load_adapter(other)
+            engine.set_adapter(name)
+        ours, theirs = (
+            e.generate(seeds=[seed], output_type="pt", **QUICK)[0] for e in (graphed, plain)
+        )
+        assert torch.equal(ours.image, theirs.image)
+        assert torch.equal(ours.anomaly, theirs.anomaly)
+    assert recorder.captures == 1
 
 
 def test_switching_under_a_running_stream_is_refused(tmp_path: Path) -> None:
@@ -335,6 +355,7 @@ def test_wrong_requests(dual: Engine, options: dict[str, Any], message: str) -> 
         ({"device": "tpu"}, SettingsError, "no device 'tpu'"),
         ({"device": "mps"}, SettingsError, "device 'mps' is not supported"),
         ({"backend": "fastest"}, BackendError, "no backend is called 'fastest'"),
+        ({"cuda_graph": True}, SettingsError, "cuda_graph needs an NVIDIA GPU"),
         ({"max_batch": 0}, SettingsError, "max_batch must be a positive whole number"),
     ],
 )
