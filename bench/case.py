@@ -5,32 +5,65 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualdiff_engine import adapters
+from dualdiff_engine import adapters, weights
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.model.blocks import ResnetBlock
+from dualdiff_engine.model.config import UNetConfig
+from dualdiff_engine.model.site import Site, TextSite
+from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.ops import bind
 
 TEXT_TOKENS = 77
 RANK = 32
 BLEND = 0.1
 MLP_WIDTH = 320
 
-# diffusers UNet2DConditionModel arguments that differ from its defaults, which are SD-1.5's shape
+# a diffusers `unet/config.json`
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+}
 MODELS: dict[str, dict[str, Any]] = {
-    "sd15": {"cross_attention_dim": 768, "sample_size": 64},
+    "sd15": SD15,
     "small": {
-        "cross_attention_dim": 192,
+        **SD15,
         "sample_size": 24,
         "block_out_channels": (64, 128, 256, 256),
+        "cross_attention_dim": 192,
         "norm_num_groups": 16,
+    },
+    # for kernels that are interpreted: every kind of layer, and not many of them
+    "tiny": {
+        **SD15,
+        "sample_size": 4,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 24,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
     },
 }
 WHY = {
     "sd15": "the full SD-1.5 network",
     "small": "SD-1.5 at a fifth of its width, 192 px: the full network takes minutes per step here",
+    "tiny": "two levels, 32 px: what interpreted kernels can do",
 }
 
 
@@ -77,9 +110,42 @@ def draw(key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def network_config(model: str) -> UNetConfig:
+    return UNetConfig.from_dict(MODELS[model])
+
+
+def unet_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a diffusers UNet's tensors, without diffusers."""
+    config = network_config(model)
+    unet = DualUNet(config, bind("reference"), branches=1)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in unet.named_parameters():
+        if not name.startswith("time_table."):
+            projection = ".proj_" in name and name.endswith("weight")
+            square = () if config.linear_projection or not projection else (1, 1)
+            shapes[weights.diffusers_name(name)] = (*parameter.shape, *square)
+    for name, module in unet.named_modules():
+        theirs = weights.diffusers_name(name)
+        if isinstance(module, ResnetBlock):
+            outer = module.conv1.out_channels
+            shapes[f"{theirs}.conv1.bias"] = (outer,)
+            shapes[f"{theirs}.time_emb_proj.weight"] = (outer, config.time_width)
+            shapes[f"{theirs}.time_emb_proj.bias"] = (outer,)
+        elif isinstance(module, Site):
+            width = module.channels
+            context = config.context_width if isinstance(module, TextSite) else width
+            for part, read in (("q", width), ("k", context), ("v", context), ("out.0", width)):
+                shapes[f"{theirs}.to_{part}.weight"] = (width, read)
+            shapes[f"{theirs}.to_out.0.bias"] = (width,)
+    return shapes
+
+
 def diffusers_unet(model: str) -> Any:
-    """An empty diffusers UNet on the meta device."""
-    from diffusers import UNet2DConditionModel
+    """An empty diffusers UNet on the meta device. Raises BackendError without diffusers."""
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError as error:
+        raise BackendError("this peer needs diffusers: pip install diffusers") from error
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel(**MODELS[model])
@@ -94,8 +160,7 @@ class RandomWeights(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, model: str, seed: int) -> RandomWeights:
-        tensors = diffusers_unet(model).state_dict()
-        return cls({name: tuple(t.shape) for name, t in tensors.items()}, seed)
+        return cls(unet_shapes(model), seed)
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
@@ -103,6 +168,11 @@ class RandomWeights(Mapping[str, Tensor]):
         if len(shape) > 1:
             return drawn / math.sqrt(math.prod(shape[1:]))
         return 1 + 0.1 * drawn if "norm" in name and name.endswith("weight") else 0.02 * drawn
+
+    def drawn(self) -> dict[str, Tensor]:
+        """All of them, on every core."""
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(self, pool.map(self.__getitem__, self), strict=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

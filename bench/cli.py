@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from dualdiff_engine.bench.case import Case
     from dualdiff_engine.bench.workers import Entry
 
-PEER_NAMES = ("released", "diffusers", "engine", "engine-fresh")
+PEER_NAMES = (
+    "released", "diffusers", "eager", "compiled", "xformers", "engine", "engine-fresh",
+    "engine-graph", "engine-triton-graph", "engine-triton", "engine-native", "engine-xformers",
+    "engine-onednn", "engine-reference",
+    *(f"engine-only-{op}" for op in (
+        "linear", "branch_linear", "attention", "exchange", "group_norm_silu", "geglu",
+        "guided_step",
+    )),
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "dualdiff-bench",
         description="Time one denoiser step of a batch of pairs: the engine, the released "
         "computation and plain diffusers, interleaved in one run, with random weights.",
+        epilog="dualdiff-bench ops: every op of a step instead; see dualdiff-bench ops --help.",
     )
     p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
     p.add_argument("--model", choices=("small", "sd15"), help="default: sd15 on a GPU, else small")
@@ -48,9 +57,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        _run(options)
+        if words[:1] == ["ops"]:
+            from dualdiff_engine.bench import op_bench
+
+            op_bench.main(words[1:])
+        else:
+            _run(parser().parse_args(words))
     except DualDiffError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
@@ -117,13 +131,17 @@ def _run(options: argparse.Namespace) -> None:
     for path in (options.output_json, options.plot):
         if path is not None and not path.parent.is_dir():
             raise SettingsError(f"no folder {str(path.parent)!r} to write {path.name} to: make it")
+    import torch
+
     from dualdiff_engine import request
-    from dualdiff_engine.bench import measure, report
+    from dualdiff_engine.bench import measure, peers, report
     from dualdiff_engine.bench.case import WHY
 
     device = request.device_of(options.device)
     on_gpu = device.type == "cuda"
     case, entries = _case(options, on_gpu), _entries(options, on_gpu)
+    for entry in entries:
+        peers.require(entry.peer, device, getattr(torch, entry.dtype))
     if options.model is None:
         reason = "" if on_gpu else " (no GPU; --model sd15 runs it)"
         print(f"preset {case.model}: {WHY[case.model]}{reason}", flush=True)

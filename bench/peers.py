@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dualdiff_engine import weights
-from dualdiff_engine.bench.case import Case, RandomWeights, diffusers_unet, random_adapter
+from dualdiff_engine.bench.case import (
+    Case,
+    RandomWeights,
+    diffusers_unet,
+    network_config,
+    random_adapter,
+)
+from dualdiff_engine.bench.ported import PortedUNet, merged, sdpa
 from dualdiff_engine.bench.released import ReleasedUNet
-from dualdiff_engine.model.config import UNetConfig
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
-from dualdiff_engine.ops import bind
+from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, triton, xformers
 
 META = torch.device("meta")
 
@@ -30,20 +41,41 @@ class Peer(Protocol):
 
 def noised(case: Case, inputs: dict[str, Tensor], index: int) -> Tensor:
     """DDPM's add_noise on SD's scaled-linear schedule; the same draw in every step."""
-    from diffusers import DDPMScheduler
-
-    scheduler: Any = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    )
-    alpha = scheduler.alphas_cumprod[int(case.timesteps[index])]
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha = (1 - betas).cumprod(0)[int(case.timesteps[index])]
     return alpha.sqrt() * inputs["background"] + (1 - alpha).sqrt() * inputs["noise"]
+
+
+# peers of one process share what they only read
+@functools.lru_cache(maxsize=2)
+def base_tensors(
+    model: str, seed: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    base = RandomWeights.of(model, seed)
+    return {name: x.to(device, dtype) for name, x in all_at_once(base, device).items()}
+
+
+def all_at_once(base: RandomWeights, device: torch.device) -> Mapping[str, Tensor]:
+    """On a GPU's host, which has memory to spare, weights are drawn together."""
+    return base.drawn() if device.type == "cuda" else base
+
+
+@functools.lru_cache(maxsize=2)
+def folded_tensors(
+    model: str, seed: int, background: bool, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    named = RandomWeights.of(model, seed)
+    adapter = random_adapter(named, background=background)
+    base = all_at_once(named, device)
+    network = weights.fold_network(base, device, dtype)
+    return network | weights.fold_sites(base, adapter.sites, device, dtype)
 
 
 def filled_unet(case: Case, device: torch.device, dtype: torch.dtype) -> Any:
     unet = diffusers_unet(case.model)
     if device != META:
-        base = RandomWeights.of(case.model, case.seed)
-        unet.load_state_dict({n: base[n].to(device, dtype) for n in base}, assign=True)
+        tensors = base_tensors(case.model, case.seed, device, dtype)
+        unet.load_state_dict(tensors, assign=True)
     return unet
 
 
@@ -76,8 +108,6 @@ class Released:
 
 def adapter_on(adapter: Any, target: torch.device | torch.dtype) -> Any:
     """The adapter with its tensors on another device or in another dtype."""
-    from dataclasses import fields, is_dataclass, replace
-
     if isinstance(adapter, Tensor):
         return adapter.to(target)
     if isinstance(adapter, dict):
@@ -107,24 +137,89 @@ class Diffusers:
         return uncond + self.case.guidance * (cond - uncond)
 
 
+class Eager:
+    """A careful port to diffusers in plain PyTorch: SDPA, LoRA merged, all pairs in one batch."""
+
+    attend = staticmethod(sdpa)
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+        self.case, self.dtype = case, dtype
+        self.inputs = case.inputs(device)
+        unet = filled_unet(case, device, dtype)
+        base = RandomWeights.of(case.model, case.seed)
+        adapter = adapter_on(random_adapter(base, background=case.background), device)
+        weights = merged(base, adapter, unet.conv_in.weight)
+        self.unet = PortedUNet(unet, adapter_on(adapter, dtype), weights, self.attend)
+        # a prompt for every row: [2 branches, 2 rows, B] flat
+        context = self.inputs["context"].to(dtype)
+        self.one_pair = context
+        self.context = context[:, :, None].expand(-1, -1, case.batch, -1, -1).flatten(0, 2)
+        self.timesteps = case.timesteps.to(device)
+
+    def step(self, index: int) -> Tensor:
+        case, timestep = self.case, self.timesteps[index]
+        if case.background:
+            latents = noised(case, self.inputs, index).to(self.dtype)
+            self.unet.background_pass(latents, timestep, self.one_pair[0])
+        latents = self.inputs["latents"].transpose(0, 1)[:, None].expand(-1, 2, *[-1] * 4)
+        noise = self.unet(latents.flatten(0, 2).to(self.dtype), timestep, self.context)
+        uncond, cond = noise.float().unflatten(0, (2, 2, case.batch)).unbind(1)
+        return (uncond + case.guidance * (cond - uncond)).transpose(0, 1)
+
+
+class Compiled(Eager):
+    """As `eager`, channels-last and through torch.compile, on a GPU."""
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(case, device, dtype)
+        if device != META:
+            # graphs of torch.compile overwrite what the background pass leaves behind
+            mode = "max-autotune-no-cudagraphs" if case.background else "max-autotune"
+            unet = self.unet.unet.to(memory_format=torch.channels_last)
+            self.unet.unet = torch.compile(unet, mode=mode)
+
+
+class Xformers(Eager):
+    """As `eager`, with attention by xformers."""
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if query.device == META:
+            return sdpa(query, key, value)
+        return xformers.memory_efficient(query, key, value)
+
+
 class Engine:
     """The engine's network and ops; with a background, its shares kept as `noise="fixed"` does."""
+
+    backend = "auto"
+    # the one op that has its best kernel, for a ladder; None: every op
+    only: str | None = None
+    graphed = False
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self.case, self.inputs = case, case.inputs(device)
         counted = device == META
-        self.ops = bind("reference" if counted else "auto", device=device, dtype=dtype)
-        unet = diffusers_unet(case.model)
-        config = UNetConfig.from_dict(unet.config)
-        self.unet = DualUNet(config, self.ops, background=case.background)
+        self.ops = bind("reference") if counted else self.bound(device, dtype)
+        unet = DualUNet(network_config(case.model), self.ops, background=case.background)
         if not counted:
-            base = RandomWeights.of(case.model, case.seed)
-            adapter = random_adapter(base, background=case.background)
-            self.unet.load(weights.fold_network(base, device, dtype))
-            self.unet.load(weights.fold_sites(base, adapter.sites, device, dtype))
-        self.time_bias = self.unet.time_bias(case.timesteps.to(device))
-        self.text = self.unet.text_projections(self.inputs["context"].to(dtype))
+            unet.load(folded_tensors(case.model, case.seed, case.background, device, dtype))
+        self.time_bias = unet.time_bias(case.timesteps.to(device))
+        self.text = unet.text_projections(self.inputs["context"].to(dtype))
+        self.unet = GraphedDenoiser(unet) if self.graphed and not counted else unet
         self.kept: dict[int, Sequence[Tensor]] = {}
+
+    @classmethod
+    def bound(cls, device: torch.device, dtype: torch.dtype) -> Ops:
+        if cls.only is None:
+            return bind(cls.backend, device=device, dtype=dtype)
+        # without its own kernels the engine has PyTorch's, on a CPU with oneDNN's products
+        kernels = device.type == "cuda" or triton.interpreted()
+        plain = bind("reference" if kernels else "onednn", device=device, dtype=dtype)
+        best = bind("triton" if kernels else "auto", device=device, dtype=dtype)
+        (row,) = (row for row in best.table if row.op == cls.only)
+        table = tuple(row if other.op == row.op else other for other in plain.table)
+        return replace(plain, **{row.op: getattr(best, row.op)}, table=table)
 
     def background(self, index: int) -> Sequence[Tensor]:
         latents = noised(self.case, self.inputs, index)
@@ -149,9 +244,42 @@ class EngineFresh(Engine):
         return super().step(index)
 
 
+def variant(**settings: Any) -> type[Engine]:
+    """The engine with something switched: backend, only, graphed."""
+    return type("EngineVariant", (Engine,), settings)
+
+
 PEERS: dict[str, type[Peer]] = {
     "released": Released,
     "diffusers": Diffusers,
+    "eager": Eager,
+    "compiled": Compiled,
+    "xformers": Xformers,
     "engine": Engine,
     "engine-fresh": EngineFresh,
+    "engine-graph": variant(graphed=True),
+    **{f"engine-{name}": variant(backend=name) for name in BACKENDS},
+    # from plain PyTorch to everything at once, one op at a time
+    **{f"engine-only-{op}": variant(only=op) for op in NAMES},
+    "engine-triton-graph": variant(backend="triton", graphed=True),
 }
+
+
+def require(peer: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise BackendError with the reason, in a line, when a peer cannot run here."""
+    reason = None
+    built = PEERS[peer]
+    if not issubclass(built, Engine) and importlib.util.find_spec("diffusers") is None:
+        reason = "it needs diffusers: pip install diffusers"
+    elif (built is Compiled or getattr(built, "graphed", False)) and device.type != "cuda":
+        reason = f"it is for NVIDIA GPUs, the benchmark is on {device.type}"
+    elif built is Xformers:
+        ok, why = xformers.supported("attention", device, dtype)
+        reason = None if ok else why
+    elif issubclass(built, Engine):
+        try:
+            built.bound(device, dtype)
+        except BackendError as error:
+            reason = str(error)
+    if reason:
+        raise BackendError(f"peer {peer!r} cannot run here: {reason}")
