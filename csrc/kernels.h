@@ -69,14 +69,6 @@ struct GroupNorm {
     int64_t blocks() const { return (positions + POSITION_BLOCK - 1) / POSITION_BLOCK; }
 };
 
-struct Geglu {
-    // [count, 2 * width] and [count, width]
-    const void* product;
-    void* out;
-    int64_t count, width;
-    bool bf16;
-};
-
 struct Level {
     const char* name;
     bool (*available)();
@@ -91,7 +83,6 @@ struct Level {
         const GroupNorm&, int64_t row, int64_t block, const float* scale, const float* shift);
 
     // one row each
-    void (*gate)(const Geglu&, int64_t row);
     void (*normalise_difference)(const Exchange&, int64_t row);
     void (*mix)(const Exchange&, int64_t row);
     void (*add)(const Exchange&, int64_t row);

@@ -18,7 +18,6 @@ const Level level = {
     attention,
     block_moments,
     scale_shift_silu,
-    gate,
     normalise_difference,
     mix,
     add,

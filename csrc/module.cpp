@@ -65,10 +65,6 @@ void bind_group_norm_silu(Address input, Address out, Address weight, Address bi
                     threads);
 }
 
-void bind_gate(Address product, Address out, int64_t count, int64_t width, bool bf16, int threads) {
-    gate(*current, {pointer(product), pointer(out), count, width, bf16}, threads);
-}
-
 // The three passes of the exchange see the same rows.
 Exchange rows_of_exchange(Address input, int64_t branch_stride, int64_t count, int64_t channels,
                           bool bf16) {
@@ -118,7 +114,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("use_level", use_level, "Use another level than the best one, for tests.");
     m.def("attention", bind_attention, WithoutGil());
     m.def("group_norm_silu", bind_group_norm_silu, WithoutGil());
-    m.def("gate", bind_gate, WithoutGil());
     m.def("normalise_difference", bind_normalise_difference, WithoutGil());
     m.def("mix", bind_mix, WithoutGil());
     m.def("add", bind_add, WithoutGil());

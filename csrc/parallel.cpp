@@ -93,11 +93,6 @@ void group_norm_silu(const Level& level, const GroupNorm& g, int threads) {
     }
 }
 
-void gate(const Level& level, const Geglu& g, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < g.count; ++row) level.gate(g, row);
-}
-
 void normalise_difference(const Level& level, const Exchange& e, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < e.count; ++row) level.normalise_difference(e, row);

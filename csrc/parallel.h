@@ -13,7 +13,6 @@ std::vector<const Level*> available_levels();
 
 void attention(const Level& level, const Attention& arguments, int threads);
 void group_norm_silu(const Level& level, const GroupNorm& arguments, int threads);
-void gate(const Level& level, const Geglu& arguments, int threads);
 void normalise_difference(const Level& level, const Exchange& arguments, int threads);
 void mix(const Level& level, const Exchange& arguments, int threads);
 void add(const Level& level, const Exchange& arguments, int threads);

@@ -45,17 +45,6 @@ void scale_shift_silu_of(
     }
 }
 
-template <class Element>
-void gate_of(const Geglu& g, int64_t row) {
-    const Element* value = static_cast<const Element*>(g.product) + row * 2 * g.width;
-    const Element* gate = value + g.width;
-    Element* to = static_cast<Element*>(g.out) + row * g.width;
-    for_vectors(g.width, [&](int64_t channel, auto lanes) {
-        Floats x = load(gate + channel, lanes);
-        store(to + channel, load(value + channel, lanes) * x * normal_distribution(x), lanes);
-    });
-}
-
 struct Moments {
     float mean, reciprocal_deviation;
 };
@@ -157,8 +146,6 @@ inline void scale_shift_silu(
     const GroupNorm& g, int64_t row, int64_t block, const float* scale, const float* shift) {
     (g.bf16 ? scale_shift_silu_of<Bf16> : scale_shift_silu_of<float>)(g, row, block, scale, shift);
 }
-
-inline void gate(const Geglu& g, int64_t row) { (g.bf16 ? gate_of<Bf16> : gate_of<float>)(g, row); }
 
 inline void normalise_difference(const Exchange& e, int64_t row) {
     (e.bf16 ? normalise_difference_of<Bf16> : normalise_difference_of<float>)(e, row);

@@ -176,23 +176,6 @@ inline Floats sigmoid(Floats x) {
     return 1.0f / (1.0f + exp2<DEGREE>(x * -LOG2_E));
 }
 
-// The normal distribution function, 1/2 (1 + erf(x / sqrt(2))), to 2e-7: a rational function, odd
-// but for the constant, fitted on [-5.5, 5.5], beyond which fp32 has 0 or 1.
-inline Floats normal_distribution(Floats argument) {
-    Floats x = minimum(splat(5.5f), maximum(splat(-5.5f), argument));
-    constexpr float over[] = {0.797884464f,    0.0677057952f,  0.00935455319f,
-                              0.000337656471f, 1.27042695e-5f, 4.5498421e-8f};
-    constexpr float under[] = {1.0f,           0.251522541f,   0.0286460165f,
-                               0.00188445952f, 7.36483198e-5f, 1.19750064e-6f};
-    Floats square = x * x, top = splat(over[5]), bottom = splat(under[5]);
-    for (int term = 4; term >= 0; --term) {
-        top = multiply_add(top, square, splat(over[term]));
-        bottom = multiply_add(bottom, square, splat(under[term]));
-    }
-    Floats inside = multiply_add(splat(0.5f), x * top / bottom, splat(0.5f));
-    return argument >= 5.5f ? splat(1.0f) : argument <= -5.5f ? splat(0.0f) : inside;
-}
-
 // Exchange rows and columns of a square block.
 inline void transpose(Floats (&block)[WIDTH]) {
     for (int half = 1; half < WIDTH; half *= 2) {

@@ -94,7 +94,6 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "attention": (*[draw(3, 63, 96, dtype=dtype, seed=s) for s in range(3)], 2),
         "exchange": (x, matrix(48, 48), line, matrix(48, 48, seed=5), line, draw(2, 63, 48).to(x)),
         "group_norm_silu": (maps, 8, line, line, 1e-5),
-        "geglu": (x, matrix(96, 48), draw(96, dtype=dtype)),
     }
 
 
@@ -171,7 +170,6 @@ def test_not_finite_values_show() -> None:
         (lambda x: native.attention(x, x, x, 2, x), "both more_key and more_value"),
         (lambda x: native.exchange(x, x[0], x[0, 0], x[0], x[0, 0], x), "weights \\[C, C\\]"),
         (lambda x: native.group_norm_silu(x, 2, x[0, 0], x[0, 0], 1e-5), "\\[N, C, h, w\\]"),
-        (lambda x: native.geglu(x, x[0], x[0, 0]), "bias \\[2·I\\]"),
     ],
 )
 def test_wrong_arguments(call: Any, message: str) -> None:
