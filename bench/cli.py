@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "dualdiff-bench",
         description="Time one denoiser step of a batch of pairs: the engine, the released "
         "computation and plain diffusers, interleaved in one run, with random weights.",
-        epilog="dualdiff-bench ops: every op of a step instead; see dualdiff-bench ops --help.",
+        epilog="dualdiff-bench ops: every op of a step instead. dualdiff-bench roofline: the least "
+        "time that a step can take, counted. Each has its --help.",
     )
     p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
     p.add_argument("--model", choices=("small", "sd15"), help="default: sd15 on a GPU, else small")
@@ -63,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from dualdiff_engine.bench import op_bench
 
             op_bench.main(words[1:])
+        elif words[:1] == ["roofline"]:
+            from dualdiff_engine.bench import roofline
+
+            roofline.main(words[1:])
         else:
             _run(parser().parse_args(words))
     except DualDiffError as error:

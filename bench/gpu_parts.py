@@ -21,6 +21,7 @@ from torch import Tensor
 from dualdiff_engine import memory, ops
 from dualdiff_engine.bench import autotune, measure, op_bench, op_checks, peers, timing
 from dualdiff_engine.bench.case import MODELS, Case, network_config
+from dualdiff_engine.bench.machine import facts as machine_facts
 from dualdiff_engine.bench.op_cases import Spec, trace, work
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.graph import GraphedDenoiser
@@ -78,7 +79,7 @@ class Record:
         self.data: dict[str, Any] = {
             "part": part,
             "interpreted": setting.interpreted,
-            **timing.machine(setting.device),
+            **machine_facts(setting.device),
             "notes": [],
         }
 

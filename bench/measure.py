@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualdiff_engine import recipe
+from dualdiff_engine.bench import machine
 from dualdiff_engine.bench.case import WHY, Case
 from dualdiff_engine.bench.peers import META, PEERS
 from dualdiff_engine.bench.workers import Entry, Worker
@@ -117,47 +112,9 @@ def run(
         for entry in entries
     ]
     return {
-        **environment(device),
+        **machine.facts(device),
         "case": asdict(case),
         "why": WHY[case.model],
         "product_flops_per_s": best,
         "peers": rows,
     }
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = torch.cuda.get_device_name(device) if "cuda" in device else cpu_name()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": device,
-        "device_name": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": recipe.versions(),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        info = Path("/proc/cpuinfo").read_text("utf-8")
-        return info.split("model name")[1].split(":", 1)[1].split("\n", 1)[0].strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit this file is at, with + when the tree has changes; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

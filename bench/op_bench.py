@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine import memory, ops, request
-from dualdiff_engine.bench import measure, report, timing
+from dualdiff_engine.bench import machine, measure, report, timing
 from dualdiff_engine.bench.case import MODELS, WHY
 from dualdiff_engine.bench.op_cases import Problem, Spec, problem, trace, work
 from dualdiff_engine.errors import SettingsError
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     size = MODELS[model]["sample_size"] * 8
     case = {"model": model, "batch": pairs, "size": size, "background": options.background}
-    record = {**timing.machine(device), "case": case, **found}
+    record = {**machine.facts(device), "case": case, **found}
     print(table(record["rows"]), "", LEGEND, sep="\n")
     if path is not None:
         report.write_json(record, path)

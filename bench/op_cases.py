@@ -7,6 +7,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +49,16 @@ class Spec:
 
 
 def trace(
-    model: str, pairs: int, size: int | None = None, background: bool = False
+    model: str,
+    pairs: int,
+    size: int | None = None,
+    background: bool = False,
+    watch: AbstractContextManager[object] | None = None,
 ) -> Counter[Spec]:
-    """How often a guided step of a batch of pairs makes each call; size: of the latents."""
+    """How often a guided step of a batch of pairs makes each call.
+
+    size: of the latents. watch: entered around the step.
+    """
     calls: Counter[Spec] = Counter()
 
     def recorder(op: str) -> Callable[..., Tensor]:
@@ -72,8 +80,9 @@ def trace(
             shares = unet.background_shares(torch.zeros(2, 4, size, size), bias, text)
         # those were made once, for all steps or all pairs
         calls.clear()
-        noise = unet(torch.zeros(2, 1, pairs, 4, size, size), bias, text, shares)
-        ops.guided_step(noise, GUIDANCE)
+        with watch or nullcontext():
+            noise = unet(torch.zeros(2, 1, pairs, 4, size, size), bias, text, shares)
+            ops.guided_step(noise, GUIDANCE)
     return calls
 
 

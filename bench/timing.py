@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from dualdiff_engine.bench import measure
-
 Work = Callable[[], object]
-
-PACKAGES = ("dualdiff-engine", "torch", "triton", "numpy", "diffusers", "xformers")
 
 WARM_UP = 3
 # round robin goes on until either is reached, but at least for FEWEST rounds
@@ -32,32 +22,6 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024}
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": measure.commit(),
-        "device": str(device),
-        "device_name": measure.cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {},
-    }
-    for package in PACKAGES:
-        # not all of them are needed
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            facts["versions"][package] = importlib.metadata.version(package)
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        facts["device_name"] = card.name
-        facts["capability"] = [card.major, card.minor]
-        facts["multiprocessors"] = card.multi_processor_count
-        facts["memory_bytes"] = card.total_memory
-        facts["versions"]["cuda"] = torch.version.cuda
-    return facts
 
 
 class Clock:
