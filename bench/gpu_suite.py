@@ -15,12 +15,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 TOTAL_S = 9 * 60
+RESULTS = Path("bench/results/gpu")
 # to stop in good order before it is killed
 GRACE_S = 5
 MODULE = "dualdiff_engine.bench.gpu_suite"
@@ -177,7 +179,10 @@ SUMMARIES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(MODULE, description=__doc__)
-    p.add_argument("--output", type=Path, default=Path("gpu_suite"), help="folder of the records")
+    p.add_argument(
+        "--output", type=Path, help=f"folder of the records (default {RESULTS}; with --interpret one "
+        "that is deleted)",
+    )  # fmt: skip
     p.add_argument("--interpret", action="store_true", help="tiny, on a CPU, nothing is timed")
     p.add_argument("--part", choices=NAMES, action="append", help="only these, in this order")
     p.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -186,7 +191,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if options.output is None:
+            options.output = RESULTS
+            if options.interpret:
+                options.output = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     if options.seconds is not None:
         (name,) = options.part
         seconds, interpreted = options.seconds, options.interpret
@@ -195,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not _has_gpu():
         sys.exit("gpu_suite: PyTorch finds no NVIDIA GPU here; --interpret runs it without one")
+    options.output.mkdir(parents=True, exist_ok=True)
     statuses = run_all(options.output, interpreted=options.interpret, parts=options.part or NAMES)
     print("", *summary(options.output, statuses), sep="\n")
     sys.exit(any(not s.startswith(("ok", "skipped")) for s in statuses.values()))

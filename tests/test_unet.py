@@ -97,14 +97,14 @@ def test_shared_latents_are_computed_once(name: str) -> None:
     assert relative(shared, repeated) <= 1e-6
 
 
-def coupled(background: bool) -> tuple[DualUNet, Tensor, Any, Any]:
+def coupled(background: bool, backend: str = "reference") -> tuple[DualUNet, Tensor, Any, Any]:
     from dualdiff_engine.bench.case import RandomWeights, random_adapter
 
     unet = diffusers_unet("sd1")
     base = RandomWeights({n: tuple(t.shape) for n, t in unet.state_dict().items()}, seed=3)
     adapter = random_adapter(base, background=background, rank=4)
     config = UNetConfig.from_dict(unet.config)
-    network = DualUNet(config, bind("reference"), background=background)
+    network = DualUNet(config, bind(backend), background=background)
     network.load(weights.fold_network(base, CPU, torch.float32))
     network.load(weights.fold_sites(base, adapter.sites, CPU, torch.float32))
     latents = torch.randn(2, 1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -160,3 +160,12 @@ def test_other_families_are_refused(change: dict[str, Any], message: str) -> Non
     config = {**UNet2DConditionModel(**CONFIGS["sd1"]).config, **change}
     with pytest.raises(BaseModelError, match=message):
         UNetConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("backend", ["auto", "onednn", "reference"])
+def test_torch_compile_takes_the_network_in_one_graph(backend: str) -> None:
+    unet, *arguments = coupled(False, backend)
+    exact = unet(*arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*arguments), exact)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dualdiff_engine.ops import reference
+from dualdiff_engine.ops import flops, reference
 
 OPS = ("linear", "branch_linear", "exchange", "geglu")
 
@@ -32,6 +32,8 @@ def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, 
     return True, "fp32 and bf16 products at the rate of the vector units"
 
 
+# an operator of its own: PyTorch's, with a residual, has no shapes for torch.compile
+@torch.library.custom_op("dualdiff::onednn_linear", mutates_args=())
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -41,6 +43,13 @@ def linear(
         return product(input, weight, bias, "none", [], "")
     return product.binary(input, residual, weight, bias, "add")
 
+
+@linear.register_fake
+def _(input: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+flops.register("linear", "onednn_linear")
 
 branch_linear = partial(reference.branch_linear, linear=linear)
 exchange = partial(reference.exchange, linear=linear)
