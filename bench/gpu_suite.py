@@ -180,9 +180,10 @@ SUMMARIES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(MODULE, description=__doc__)
     p.add_argument(
-        "--output", type=Path, help=f"folder of the records (default {RESULTS}; with --interpret one "
-        "that is deleted)",
-    )  # fmt: skip
+        "--output",
+        type=Path,
+        help=f"folder of the records (default {RESULTS}; with --interpret one that is deleted)",
+    )
     p.add_argument("--interpret", action="store_true", help="tiny, on a CPU, nothing is timed")
     p.add_argument("--part", choices=NAMES, action="append", help="only these, in this order")
     p.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
