@@ -21,6 +21,7 @@ import typer
 
 import dualdiff_engine
 from dualdiff_engine import settings
+from dualdiff_engine.demo import command as demos
 from dualdiff_engine.errors import AdapterError, BaseModelError, DualDiffError, SettingsError
 from dualdiff_engine.settings import Background, NoiseMode, Prompts, Sampling
 
@@ -66,8 +67,10 @@ def _show_version(wanted: bool) -> None:
 
 
 _file = {"exists": True, "dir_okay": False, "readable": True}
-Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
-AdapterPath = Annotated[Path, typer.Option(help="Adapter file, its folder, or checkpoint-N.")]
+Base = Annotated[str | None, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
+AdapterPath = Annotated[
+    Path | None, typer.Option(help="Adapter file, its folder, or checkpoint-N.")
+]
 Out = Annotated[Path, typer.Option(help="Folder to write; a run that it holds is continued.")]
 Count = Annotated[int | None, typer.Option("--count", "-n", min=1, max=MOST_PAIRS, help="Pairs.")]
 Seeds = Annotated[str | None, typer.Option(help="A pair each: 1,2,5 or 10:20 (which ends at 19).")]
@@ -131,11 +134,15 @@ def _common(version: Version = False) -> None:
         warnings.simplefilter("ignore")
 
 
+app.command("demo")(demos.demo)
+
+
 @app.command()
 def generate(
-    base: Base,
-    adapter: AdapterPath,
     out: Out,
+    base: Base = None,
+    adapter: AdapterPath = None,
+    demo: demos.Name = None,
     count: Count = None,
     seeds: Seeds = None,
     seed: Seed = None,
@@ -171,6 +178,7 @@ def generate(
         "segmenter": segmenter,
         "progress": not quiet,
     }
+    base, adapter, options = demos.filled(demo, base, adapter, options)
     from dualdiff_engine.output import FolderWriter
 
     with FolderWriter(out) as writer:
@@ -352,7 +360,7 @@ def doctor(device: Device = "auto", dtype: Dtype = "auto", as_json: Json = False
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **recipe.versions()},
         "optional": {name: _installed(name) for name in _OPTIONAL},
-        "devices": _devices(),
+        "devices": recipe.devices(),
         "device": str(chosen_device),
         "dtype": str(chosen_dtype).removeprefix("torch."),
         "ops": [row._asdict() for row in ops.bind(device=chosen_device, dtype=chosen_dtype).table],
@@ -379,17 +387,6 @@ def _installed(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _devices() -> dict[str, Any]:
-    import torch
-
-    found: dict[str, Any] = {"cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()}}
-    for number in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(number)
-        memory, capability = round(gpu.total_memory / 2**30), f"{gpu.major}.{gpu.minor}"
-        found[f"cuda:{number}"] = {"name": gpu.name, "GiB": memory, "capability": capability}
-    return found if len(found) > 1 else {**found, "cuda": {}}
 
 
 def _print_table(rows: Iterable[tuple[str, object]]) -> None:
