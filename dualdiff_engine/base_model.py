@@ -158,6 +158,12 @@ class BaseModel:
         vae = vae.to(device, memory_format=torch.channels_last)
         return vae.eval().requires_grad_(False)
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """How much the VAE shrinks a side."""
+        levels = _json(self.folder / "vae" / "config.json").get("block_out_channels", [0])
+        return int(2 ** (len(levels) - 1))
+
     @cached_property
     def sha256(self) -> str:
         """One hash of every weight and config that shapes a picture."""

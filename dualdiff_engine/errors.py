@@ -35,6 +35,10 @@ class OutputError(DualDiffError, OSError):
     """The output folder cannot be written, or already holds another run."""
 
 
+class TrainingError(DualDiffError, RuntimeError):
+    """A training run cannot go on; the message holds the reason and the state that is left."""
+
+
 class OutOfMemoryError(DualDiffError, MemoryError):
     """A batch did not fit.
 

@@ -44,10 +44,11 @@ class Draw:
 
     def split(self, size: int) -> Iterator[Draw]:
         """Parts of `size` pictures."""
-        whole = {field.name: getattr(self, field.name) for field in fields(self)}
+        whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         for start in range(0, len(self.timesteps), size):
             part = slice(start, start + size)
-            yield Draw(**{name: None if t is None else t[part] for name, t in whole.items()})
+            parts: dict[str, Any] = {n: None if t is None else t[part] for n, t in whole.items()}
+            yield Draw(**parts)
 
 
 @dataclass(frozen=True)

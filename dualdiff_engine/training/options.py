@@ -86,7 +86,7 @@ class TrainingOptions:
     device: str = "auto"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 500
-    sample_every: int = 0
+    sample_every: int = 1000
     samples: int = 4
     sample_steps: int = 50
     save_dtype: str = "float32"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +37,67 @@ def save(
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, {"run": json.dumps(run, sort_keys=True)})
+        # the machine may go down, too: the content is on the disk before it has the name
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path} ({error}): free some space") from error
 
 
-def restore(
-    path: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    run: Mapping[str, Any],
-) -> Tensor:
-    """Continue where `save` was: fills parameters and optimizer, returns the losses.
+def steps_done(path: Path, run: Mapping[str, Any]) -> int:
+    """Of the run that the state belongs to, 0 if there is none.
 
-    Raises SettingsError when the state is of another run, naming what differs.
+    Raises SettingsError when it is another run, naming what differs, and OutputError when the file
+    is damaged.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            theirs = json.loads((file.metadata() or {})["run"])
-            _check_same(path, theirs, json.loads(json.dumps(run)))
-            losses = file.get_tensor("losses")
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(file.get_tensor(f"parameter.{name}"))
-                    moments = {m: file.get_tensor(f"{m}.{name}") for m in _MOMENTS}
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(len(losses))),
-                        **{m: t.to(parameter.device) for m, t in moments.items()},
-                    }
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, SettingsError):
-            raise
-        raise OutputError(
-            f"{path} is damaged ({error}): remove it to start over, or choose another folder"
-        ) from error
-    return losses
-
-
-def _check_same(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    if not path.exists():
+        return 0
+    with _reading(path) as file:
+        theirs = json.loads((file.metadata() or {})["run"])
+        done = int(file.get_slice("losses").get_shape()[0])
+    ours = json.loads(json.dumps(run))
     for name in sorted(set(theirs) | set(ours)):
         if theirs.get(name) != ours.get(name):
             raise SettingsError(
-                f"{path.parent} holds a run with {name} {theirs.get(name)!r}, this one has "
-                f"{ours.get(name)!r}: choose another folder, or the same {name}"
+                f"{path.parent} holds a run with another {name}{_told(theirs, ours, name)}: "
+                "choose another folder, or continue with the same"
             )
+    return done
+
+
+def _told(theirs: Mapping[str, Any], ours: Mapping[str, Any], name: str) -> str:
+    values = theirs.get(name), ours.get(name)
+    if any(isinstance(value, list) or len(str(value)) > 40 for value in values):
+        return ""
+    return f" ({values[0]!r}, not {values[1]!r})"
+
+
+def restore(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Tensor:
+    """Continue where `save` was: fills parameters and optimizer, returns the losses.
+
+    Raises OutputError when the file is damaged.
+    """
+    with _reading(path) as file, torch.no_grad():
+        losses: Tensor = file.get_tensor("losses")
+        for name, parameter in parameters.items():
+            device = parameter.device
+            parameter.copy_(file.get_tensor(f"parameter.{name}"))
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(len(losses)), device=device),
+                **{m: file.get_tensor(f"{m}.{name}").to(device) for m in _MOMENTS},
+            }
+    return losses
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise OutputError(
+            f"{path} is damaged ({error}): remove it to start over, or choose another folder"
+        ) from error
