@@ -7,14 +7,12 @@ import json
 import os
 import platform
 import re
-import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,14 +20,22 @@ import typer
 import dualdiff_engine
 from dualdiff_engine import settings
 from dualdiff_engine.demo import command as demos
-from dualdiff_engine.errors import AdapterError, BaseModelError, DualDiffError, SettingsError
+from dualdiff_engine.errors import (
+    AdapterError,
+    BaseModelError,
+    DataError,
+    DualDiffError,
+    SettingsError,
+)
 from dualdiff_engine.settings import Background, NoiseMode, Prompts, Sampling
+from dualdiff_engine.stopping import INTERRUPTED, clean_stop
+from dualdiff_engine.training.command import train
 
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.output import FolderWriter
 
-FAILED, INTERRUPTED = 2, 130
+FAILED = 2
 # no run is this long; a slip of the finger is
 MOST_PAIRS = 1_000_000
 
@@ -106,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(error.format_message().split()).removesuffix(".")
         command = error.ctx.command_path if error.ctx else "dualdiff"
         return _fail(f"{message}: see {command} --help")
-    except AdapterError as error:
-        # it may hold a command, on a line of its own to be copied
+    except (AdapterError, DataError) as error:
+        # they may hold a command or one file, on a line of its own to be copied
         return _fail(str(error))
     except DualDiffError as error:
         return _fail(" ".join(str(error).split()))
@@ -123,6 +129,9 @@ def _fail(message: str) -> int:
         message = message.replace(said, meant)
     typer.echo(f"dualdiff: {message}", err=True)
     return FAILED
+
+
+app.command()(train)
 
 
 @app.callback()
@@ -261,7 +270,7 @@ def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | N
 def _write_pairs(engine: Engine, pairs: Any, writer: FolderWriter, quiet: bool) -> None:
     written = empty = 0
     # closed, the generator ends its progress bar, which would run over an error's line
-    with closing(pairs), _clean_stop(engine) as stopped:
+    with closing(pairs), clean_stop(engine.interrupt) as stopped:
         for pair in pairs:
             writer.write(pair)
             written += 1
@@ -270,25 +279,6 @@ def _write_pairs(engine: Engine, pairs: Any, writer: FolderWriter, quiet: bool) 
         typer.echo(f"new pairs in {writer.root}: {written} (empty masks: {empty})")
     if stopped.is_set():
         raise typer.Exit(INTERRUPTED)
-
-
-@contextmanager
-def _clean_stop(engine: Engine) -> Iterator[Event]:
-    """The first Ctrl-C sets the event and ends the run after its step, the second at once."""
-    stopped = Event()
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        stopped.set()
-        engine.interrupt()
-        # a stream cannot be entered twice, and the signal may have come while one was written
-        os.write(2, b"\ndualdiff: stopping after this step; Ctrl-C again stops at once\n")
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @app.command()
