@@ -13,6 +13,7 @@ import typer
 from dualdiff_engine.demo.presets import BASE, PRESETS, find
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Sampling, require_seed
+from dualdiff_engine.stopping import INTERRUPTED, clean_stop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,29 +62,37 @@ def demo(
     chosen: dict[str, Any] = {} if steps is None else {"steps": steps}
     Sampling(**chosen)
     start = time.monotonic()
-    drawn = _draw(out, count, seed, chosen, device, not quiet)
+    drawn, stopped = _draw(out, count, seed, chosen, device, not quiet)
     path = out / SHEET
-    _sheet(drawn).save(path)
-    if not quiet:
+    if drawn:
+        _sheet(drawn).save(path)
+    if drawn and not quiet:
         seconds = time.monotonic() - start
         typer.echo(f"{len(drawn)} pairs in {out}, {seconds:.0f} s")
         typer.echo(f"look at {path}: image, anomaly, mask on the image")
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _draw(
     out: Path, count: int, seed: int, chosen: dict[str, Any], device: str, progress: bool
-) -> list[tuple[str, Pair]]:
-    """Pairs of all presets, evenly, by preset; each is on disk when the next is drawn."""
+) -> tuple[list[tuple[str, Pair]], bool]:
+    """Pairs of all presets, each on disk when the next is drawn, and whether Ctrl-C ended it."""
     from dualdiff_engine.output import FolderWriter
 
     drawn: list[tuple[str, Pair]] = []
     with FolderWriter(out) as writer:
         from dualdiff_engine.engine import Engine
 
-        with Engine.from_pretrained(BASE, device=device) as engine:
+        with (
+            Engine.from_pretrained(BASE, device=device) as engine,
+            clean_stop(engine.interrupt) as stopped,
+        ):
             for name, seeds in _shared_out(count, seed):
+                if stopped.is_set():
+                    break
                 preset = PRESETS[name]
-                preset.activate(engine)
+                engine.load_adapter(preset.adapter, name)
                 # each time with the surroundings of another part
                 options = {**preset.options(seeds[0]), **chosen, "progress": progress}
                 with closing(engine.stream(seeds, **options)) as pairs:
@@ -91,7 +100,7 @@ def _draw(
                         writer.write(pair)
                         drawn.append((name, pair))
                 engine.unload_adapter(name)
-    return drawn
+    return drawn, stopped.is_set()
 
 
 def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:

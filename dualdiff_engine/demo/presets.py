@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Background, Prompts
-
-if TYPE_CHECKING:
-    from dualdiff_engine.engine import Engine
 
 MODEL = Path(__file__).parent / "model"
 BASE = MODEL / "base"
@@ -61,10 +58,6 @@ class Preset:
             part = make(self.part, seed=background_seed)
             chosen["background"] = Background(part.image, part.object_mask, "fixed")
         return chosen
-
-    def activate(self, engine: Engine) -> None:
-        """Load the adapter into an engine that holds the demo's base."""
-        engine.load_adapter(self.adapter, self.name)
 
 
 PRESETS = {

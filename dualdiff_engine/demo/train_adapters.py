@@ -32,12 +32,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("base", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--only", action="append", default=[], metavar="PART/DEFECT")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     presets = [find(name) for name in options.only] or list(PRESETS.values())
     for preset in presets:
         target = options.output / preset.adapter.name

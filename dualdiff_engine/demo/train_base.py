@@ -22,12 +22,12 @@ from dualdiff_engine.demo import autoencoder, denoiser, material
 AUTOENCODER_PICTURES, DENOISER_PICTURES, TEST_PICTURES = 3000, 4000, 60
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     output: Path = options.output
     if not (output / "vae").exists():
