@@ -153,6 +153,7 @@ def test_recipes_of_the_base_make_a_folder_that_loads(
         monkeypatch.setattr(train_base, name, 3)
     monkeypatch.setattr(autoencoder, "STEPS", 2)
     monkeypatch.setattr(autoencoder, "CROP_STEPS", 1)
+    monkeypatch.setattr(autoencoder, "REFINING_STEPS", 2)
     monkeypatch.setattr(denoiser, "STEPS", 2)
     threads = torch.get_num_threads()
     try:

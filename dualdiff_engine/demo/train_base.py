@@ -56,12 +56,15 @@ def _train_autoencoder(output: Path, seed: int) -> dict[str, Any]:
     vae = autoencoder.build()
     losses = autoencoder.train(vae, pictures, seed, tqdm.write)
     autoencoder.normalise(vae, pictures[:512])
+    refined = autoencoder.refine(vae, pictures, seed, tqdm.write)
     vae.half().save_pretrained(output / "vae")
     return {
         "pictures": len(pictures),
         "steps": autoencoder.STEPS,
+        "refining_steps": autoencoder.REFINING_STEPS,
         "seconds": round(time.monotonic() - start),
         "losses": {name: round(value, 5) for name, value in losses.items()},
+        "refined_l1": round(refined, 5),
         "unseen_psnr_db": round(autoencoder.error(vae.float(), unseen), 2),
     }
 
