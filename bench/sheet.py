@@ -10,20 +10,14 @@ from pathlib import Path
 
 from PIL import Image
 
-GAP = 4
+from dualdiff_engine.output import KINDS
+from dualdiff_engine.sheet import grid
 
 
 def sheet(run: Path, most: int = 8) -> Image.Image:
     """The first pairs of a folder written by `dualdiff generate`."""
     names = sorted(path.name for path in (run / "image").glob("*.png"))[:most]
-    rows = [[Image.open(run / kind / n) for n in names] for kind in ("image", "anomaly", "mask")]
-    width, height = rows[0][0].size
-    size = len(names) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP
-    whole = Image.new("RGB", size, "white")
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures):
-            whole.paste(picture.convert("RGB"), (column * (width + GAP), row * (height + GAP)))
-    return whole
+    return grid([[Image.open(run / kind / name) for kind in KINDS] for name in names])
 
 
 def main() -> None:

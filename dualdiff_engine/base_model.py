@@ -126,6 +126,22 @@ class BaseModel:
             raise BaseModelError(f"{self.folder}/text_encoder or tokenizer: {error}") from error
         return tokenizer, encoder.eval().requires_grad_(False)
 
+    def load_unet(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The UNet as diffusers', frozen; the engine runs its own."""
+        from diffusers import UNet2DConditionModel
+
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(
+                _json(self.folder / "unet" / "config.json")
+            )
+        tensors = {name: self.unet[name].to(device, dtype) for name in self.unet}
+        try:
+            unet.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise BaseModelError(f"unet weights do not match unet/config.json: {reason}") from error
+        return unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKL
 
@@ -141,6 +157,12 @@ class BaseModel:
             raise BaseModelError(f"{self.folder}/vae: {error}") from error
         vae = vae.to(device, memory_format=torch.channels_last)
         return vae.eval().requires_grad_(False)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How much the VAE shrinks a side."""
+        levels = _json(self.folder / "vae" / "config.json").get("block_out_channels", [0])
+        return int(2 ** (len(levels) - 1))
 
     @cached_property
     def sha256(self) -> str:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,15 +44,24 @@ from dualdiff_engine.cli_options import (
     Size,
     Steps,
 )
+from dualdiff_engine.demo import command as demos
 from dualdiff_engine.doctor import doctor, print_table
-from dualdiff_engine.errors import AdapterError, BaseModelError, DualDiffError, SettingsError
+from dualdiff_engine.errors import (
+    AdapterError,
+    BaseModelError,
+    DataError,
+    DualDiffError,
+    SettingsError,
+)
 from dualdiff_engine.settings import Background, Prompts, Sampling
+from dualdiff_engine.stopping import INTERRUPTED, clean_stop
+from dualdiff_engine.training.command import train
 
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.output import FolderWriter
 
-FAILED, INTERRUPTED = 2, 130
+FAILED = 2
 
 # what the library's messages tell Python callers to do, for the command line
 _SPOKEN = {
@@ -93,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(error.format_message().split()).removesuffix(".")
         command = error.ctx.command_path if error.ctx else "dualdiff"
         return _fail(f"{message}: see {command} --help")
-    except AdapterError as error:
-        # it may hold a command, on a line of its own to be copied
+    except (AdapterError, DataError) as error:
+        # they may hold a command or one file, on a line of its own to be copied
         return _fail(str(error))
     except DualDiffError as error:
         return _fail(" ".join(str(error).split()))
@@ -112,6 +119,9 @@ def _fail(message: str) -> int:
     return FAILED
 
 
+app.command()(train)
+
+
 @app.callback()
 def _common(version: Version = False) -> None:
     # libraries speak of what their callers did, not of what the user can change
@@ -121,11 +131,15 @@ def _common(version: Version = False) -> None:
         warnings.simplefilter("ignore")
 
 
+app.command("demo")(demos.demo)
+
+
 @app.command()
 def generate(
-    base: Base,
-    adapter: AdapterPath,
     out: Out,
+    base: Base = None,
+    adapter: AdapterPath = None,
+    demo: demos.Name = None,
     count: Count = None,
     seeds: Seeds = None,
     seed: Seed = None,
@@ -162,6 +176,7 @@ def generate(
         "segmenter": segmenter,
         "progress": not quiet,
     }
+    base, adapter, options = demos.filled(demo, base, adapter, options)
     from dualdiff_engine.output import FolderWriter
 
     with FolderWriter(out) as writer:
@@ -245,7 +260,7 @@ def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | N
 def _write_pairs(engine: Engine, pairs: Any, writer: FolderWriter, quiet: bool) -> None:
     written = empty = 0
     # closed, the generator ends its progress bar, which would run over an error's line
-    with closing(pairs), _clean_stop(engine) as stopped:
+    with closing(pairs), clean_stop(engine.interrupt) as stopped:
         for pair in pairs:
             writer.write(pair)
             written += 1
@@ -254,25 +269,6 @@ def _write_pairs(engine: Engine, pairs: Any, writer: FolderWriter, quiet: bool) 
         typer.echo(f"new pairs in {writer.root}: {written} (empty masks: {empty})")
     if stopped.is_set():
         raise typer.Exit(INTERRUPTED)
-
-
-@contextmanager
-def _clean_stop(engine: Engine) -> Iterator[Event]:
-    """The first Ctrl-C sets the event and ends the run after its step, the second at once."""
-    stopped = Event()
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        stopped.set()
-        engine.interrupt()
-        # a stream cannot be entered twice, and the signal may have come while one was written
-        os.write(2, b"\ndualdiff: stopping after this step; Ctrl-C again stops at once\n")
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @app.command()

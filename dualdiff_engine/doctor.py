@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +38,7 @@ def doctor(
     report: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **recipe.versions()},
         "optional": {name: _installed(name) for name in OPTIONAL},
-        "devices": _devices(),
+        "devices": recipe.devices(),
         "device": str(chosen_device),
         "dtype": str(chosen_dtype).removeprefix("torch."),
         "ops": [row._asdict() for row in bound.table],
@@ -66,17 +65,6 @@ def _installed(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _devices() -> dict[str, Any]:
-    import torch
-
-    found: dict[str, Any] = {"cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()}}
-    for number in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(number)
-        memory, capability = round(gpu.total_memory / 2**30), f"{gpu.major}.{gpu.minor}"
-        found[f"cuda:{number}"] = {"name": gpu.name, "GiB": memory, "capability": capability}
-    return found if len(found) > 1 else {**found, "cuda": {}}
 
 
 def print_table(rows: Iterable[tuple[str, object]]) -> None:

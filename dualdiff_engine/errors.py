@@ -19,6 +19,10 @@ class BaseModelError(DualDiffError, ValueError):
     """The base model folder is missing, incomplete, or of a kind the engine does not run."""
 
 
+class DataError(DualDiffError, ValueError):
+    """Training data cannot be used; every fault on a line of its own, with its file."""
+
+
 class BackendError(DualDiffError, RuntimeError):
     """An explicitly requested backend cannot be used here; the message holds the reason."""
 
@@ -29,6 +33,10 @@ class SegmenterError(DualDiffError, ValueError):
 
 class OutputError(DualDiffError, OSError):
     """The output folder cannot be written, or already holds another run."""
+
+
+class TrainingError(DualDiffError, RuntimeError):
+    """A training run cannot go on; the message holds the reason and the state that is left."""
 
 
 class OutOfMemoryError(DualDiffError, MemoryError):

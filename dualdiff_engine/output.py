@@ -32,7 +32,7 @@ _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL) | {errno.EAGAIN: 
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: io.FileIO) -> None:
+    def lock(file: io.FileIO) -> None:
         # windows lets nobody read a locked byte: take one that no manifest reaches
         file.seek(0x7FFFFFFE)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -40,7 +40,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(file: io.FileIO) -> None:
+    def lock(file: io.FileIO) -> None:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -66,7 +66,7 @@ class FolderWriter:
             if not path.exists():
                 self._refuse_pictures_from(0)
             manifest = opened.enter_context(path.open("a+b", buffering=0))
-            _lock(manifest)
+            lock(manifest)
             self._next = _repair(path, manifest)
             # the next number itself may be there: a pair whose row was never written
             self._refuse_pictures_from(self._next + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,18 @@ def versions() -> dict[str, str]:
         "dualdiff-engine": dualdiff_engine.__version__,
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def devices() -> dict[str, Any]:
+    """What could compute here, by torch's name: JSON-ready."""
+    import torch
+
+    found: dict[str, Any] = {"cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()}}
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        memory, capability = round(gpu.total_memory / 2**30), f"{gpu.major}.{gpu.minor}"
+        found[f"cuda:{number}"] = {"name": gpu.name, "GiB": memory, "capability": capability}
+    return found if len(found) > 1 else {**found, "cuda": {}}
 
 
 def describe(

@@ -46,12 +46,13 @@ class TextEncoder:
         """[len(prompts), L, X] fp32; changed: as from `fold`, empty for the base alone."""
         limit = self.tokenizer.model_max_length
         ids = self.tokenizer(prompts, padding="max_length", max_length=limit).input_ids
-        for prompt, tokens in zip(prompts, ids, strict=True):
-            if len(tokens) > limit:
+        for prompt, own in zip(prompts, ids, strict=True):
+            if len(own) > limit:
                 raise SettingsError(
-                    f"prompt of {len(tokens)} tokens, at most {limit}: {prompt[:60]!r}…"
+                    f"prompt of {len(own)} tokens, at most {limit}: {prompt[:60]!r}…"
                 )
-        return torch.func.functional_call(self.encoder, dict(changed), (torch.tensor(ids),))[0]
+        tokens = torch.tensor(ids, device=self.encoder.device)
+        return torch.func.functional_call(self.encoder, dict(changed), (tokens,))[0]
 
     def encode_pair(self, prompts: Prompts, changed: Mapping[str, Tensor]) -> Tensor:
         """[2 branches, 2 rows (negative, prompt), L, X] fp32."""

@@ -1,0 +1,70 @@
+"""What the demo base is trained on: pictures from the factory, with prompts.
+
+The denoiser sees good parts, whole and as cut-out pieces on black; no defect. The autoencoder,
+which only has to reproduce pixels, sees everything that the engine will ask it to code.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from dualdiff_engine.demo.defects import DEFECTS
+from dualdiff_engine.demo.factory import make
+from dualdiff_engine.demo.fields import SIZE, Bytes
+from dualdiff_engine.demo.parts import PARTS
+
+# apart from the seeds of every data set
+FIRST_SEED = 10_000_000
+
+
+def _piece(rng: np.random.Generator, picture: Bytes) -> Bytes:
+    """One to three strokes or patches cut out of a picture, on black."""
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    for _ in range(rng.integers(1, 4)):
+        at = rng.integers(10, SIZE - 10, 2)
+        if rng.random() < 0.5:
+            turns = np.cumsum(rng.normal(0, 0.4, rng.integers(4, 14))) + rng.uniform(-np.pi, np.pi)
+            walk = np.cumsum(5 * np.stack([np.cos(turns), np.sin(turns)], 1), 0)
+            line = np.round(at + walk).astype(np.int32)
+            cv2.polylines(mask, [line], False, 255, int(rng.integers(3, 7)))
+        else:
+            angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+            radii = rng.uniform(6, 26, (9, 1))
+            corners = at + radii * np.stack([np.cos(angles), np.sin(angles)], 1)
+            cv2.fillPoly(mask, [np.round(corners).astype(np.int32)], 255)
+    return np.where(mask[..., None] > 0, picture, np.uint8(0))
+
+
+def good_pictures(count: int, seed: int) -> list[tuple[Bytes, str]]:
+    """(picture, prompt) for the denoiser: two thirds whole parts, a third pieces on black."""
+    made = []
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        part = list(PARTS)[number % len(PARTS)]
+        product = make(part, seed=FIRST_SEED + seed * 1_000_000 + number)
+        if rng.random() < 1 / 3:
+            made.append((_piece(rng, product.image), f"a piece of {part}"))
+        else:
+            made.append((product.image, f"a {part}"))
+    return made
+
+
+def any_pictures(count: int, seed: int) -> list[Bytes]:
+    """Pictures for the autoencoder: good, defective, defects and pieces on black, surroundings."""
+    made = []
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        part = list(PARTS)[number % len(PARTS)]
+        defect = list(DEFECTS[part])[rng.integers(len(DEFECTS[part]))]
+        product = make(part, defect, seed=FIRST_SEED + seed * 1_000_000 + number)
+        background = np.where(product.object_mask[..., None] > 0, np.uint8(0), product.good)
+        choices = (
+            product.good,
+            product.image,
+            product.anomaly,
+            _piece(rng, product.good),
+            background,
+        )
+        made.append(choices[rng.choice(5, p=(0.35, 0.25, 0.2, 0.12, 0.08))])
+    return made

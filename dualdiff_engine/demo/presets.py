@@ -1,0 +1,80 @@
+"""What ships with the package: a small base model and an adapter per part and defect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.settings import Background, Prompts
+
+MODEL = Path(__file__).parent / "model"
+BASE = MODEL / "base"
+ADAPTERS = MODEL / "adapters"
+
+# what the demo's pictures are drawn with: DPM-Solver++ needs few steps, and a base that knows
+# three parts needs no guidance to name one
+SAMPLING: Mapping[str, Any] = {
+    "steps": 25,
+    "guidance": 1.0,
+    "scheduler": "DPMSolverMultistepScheduler",
+}
+# seed in the factory of the good part that lends its surroundings
+BACKGROUND_SEED = 1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An adapter of the demo and how it is drawn with.
+
+    adapter: its folder. background: it was trained with surroundings and needs some.
+    """
+
+    part: str
+    defect: str
+    background: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}/{self.defect}"
+
+    @property
+    def adapter(self) -> Path:
+        return ADAPTERS / f"{self.part}-{self.defect}"
+
+    @property
+    def prompts(self) -> Prompts:
+        return Prompts(f"a {self.part} with sks", "sks")
+
+    def options(self, background_seed: int = BACKGROUND_SEED) -> dict[str, Any]:
+        """Arguments of `Engine.stream`; background_seed: of the part that lends surroundings."""
+        chosen: dict[str, Any] = {**SAMPLING, "prompts": self.prompts}
+        if self.background:
+            from dualdiff_engine.demo.factory import make
+
+            # fixed noise: keys and values of the surroundings are computed once for all batches
+            part = make(self.part, seed=background_seed)
+            chosen["background"] = Background(part.image, part.object_mask, "fixed")
+        return chosen
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("washer", "scratch", background=False),
+        Preset("washer", "stain", background=True),
+        Preset("fabric", "hole", background=False),
+        Preset("fabric", "stain", background=False),
+        Preset("tile", "crack", background=True),
+        Preset("tile", "chip", background=False),
+    )
+}
+
+
+def find(name: str) -> Preset:
+    """Raises SettingsError for a name that no preset has."""
+    if name not in PRESETS:
+        raise SettingsError(f"no demo {name!r}: there are {', '.join(PRESETS)}")
+    return PRESETS[name]

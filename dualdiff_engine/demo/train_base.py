@@ -1,0 +1,120 @@
+"""Recipe of the demo base: `python -m dualdiff_engine.demo.train_base OUTPUT`.
+
+Writes a diffusers Stable Diffusion folder and `training.json`, the record. Autoencoder and denoiser
+are two stages; one whose folder is there is not run again. Runs on the CPU, which it was made for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dualdiff_engine import recipe
+from dualdiff_engine.demo import autoencoder, denoiser, material
+
+AUTOENCODER_PICTURES, DENOISER_PICTURES, TEST_PICTURES = 3000, 4000, 60
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    output: Path = options.output
+    if not (output / "vae").exists():
+        _record(output, "autoencoder", _train_autoencoder(output, options.seed), options)
+    if not (output / "unet").exists():
+        _record(output, "denoiser", _train_denoiser(output, options.seed), options)
+
+
+def _record(output: Path, stage: str, made: dict[str, Any], options: argparse.Namespace) -> None:
+    path = output / "training.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record[stage] = {
+        **made,
+        "seed": options.seed,
+        "device": f"cpu, {options.threads} threads, {platform.machine()}",
+        "versions": recipe.versions(),
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _train_autoencoder(output: Path, seed: int) -> dict[str, Any]:
+    start = time.monotonic()
+    pictures = autoencoder.as_tensor(material.any_pictures(AUTOENCODER_PICTURES, 2 * seed))
+    unseen = autoencoder.as_tensor(material.any_pictures(TEST_PICTURES, 2 * seed + 1))
+    torch.manual_seed(seed)
+    vae = autoencoder.build()
+    losses = autoencoder.train(vae, pictures, seed, tqdm.write)
+    autoencoder.normalise(vae, pictures[:512])
+    refined = autoencoder.refine(vae, pictures, seed, tqdm.write)
+    vae.half().save_pretrained(output / "vae")
+    return {
+        "pictures": len(pictures),
+        "steps": autoencoder.STEPS,
+        "refining_steps": autoencoder.REFINING_STEPS,
+        "seconds": round(time.monotonic() - start),
+        "losses": {name: round(value, 5) for name, value in losses.items()},
+        "refined_l1": round(refined, 5),
+        "unseen_psnr_db": round(autoencoder.error(vae.float(), unseen), 2),
+    }
+
+
+def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
+    from diffusers import AutoencoderKL
+
+    start = time.monotonic()
+    # as the engine will read it: rounded to half precision
+    vae = AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).eval()
+    pictures, prompts = zip(*material.good_pictures(DENOISER_PICTURES, 2 * seed + 2), strict=True)
+    latents = autoencoder.encode(vae, autoencoder.as_tensor(list(pictures)))
+    denoiser.write_tokenizer(output / "tokenizer")
+    tokenizer = denoiser.load_tokenizer(output / "tokenizer")
+    torch.manual_seed(seed)
+    unet, text = denoiser.build_unet(), denoiser.build_text_encoder(tokenizer)
+    tokens = denoiser.tokenise(tokenizer, list(prompts))
+    empty = denoiser.tokenise(tokenizer, [""])[0]
+    loss = denoiser.train(unet, text, latents, tokens, empty, seed, tqdm.write)
+    text.half().save_pretrained(output / "text_encoder")
+    _write_json(output / "scheduler" / "scheduler_config.json", denoiser.SCHEDULER)
+    _write_json(output / "model_index.json", _INDEX)
+    # last, as it marks the stage as done
+    unet.half().save_pretrained(output / "unet")
+    return {
+        "pictures": len(pictures),
+        "steps": denoiser.STEPS,
+        "batch": denoiser.BATCH,
+        "seconds": round(time.monotonic() - start),
+        "loss": round(loss, 5),
+    }
+
+
+_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "requires_safety_checker": False,
+    "scheduler": ["diffusers", denoiser.SCHEDULER["_class_name"]],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

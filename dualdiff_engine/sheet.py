@@ -1,0 +1,53 @@
+"""Contact sheets: a column per pair, image over anomaly over the mask on the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+GAP = 4
+CAPTION = 16
+# of the mask laid over the image; its outline is drawn in full
+OVERLAY = (255, 0, 96)
+SHARE = 0.45
+
+
+def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """The image in RGB with the mask's pixels tinted and outlined."""
+    pixels, inside = np.array(image.convert("RGB")), np.asarray(mask.convert("L")) > 127
+    tint = np.array(OVERLAY, np.float32)
+    pixels[inside] = np.round(pixels[inside] * (1 - SHARE) + SHARE * tint).astype(np.uint8)
+    kernel = np.ones((3, 3), np.uint8)
+    rim = cv2.dilate(inside.astype(np.uint8), kernel) > inside
+    pixels[rim] = OVERLAY
+    return Image.fromarray(pixels)
+
+
+def grid(columns: Sequence[Sequence[Image.Image]], captions: Sequence[str] = ()) -> Image.Image:
+    """Pictures of one size, a list per column; captions, if any, stand above the columns."""
+    width, height = columns[0][0].size
+    top = CAPTION if captions else 0
+    rows = len(columns[0])
+    size = len(columns) * (width + GAP) - GAP, top + rows * (height + GAP) - GAP
+    whole = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(whole)
+    for column, pictures in enumerate(columns):
+        left = column * (width + GAP)
+        if captions:
+            pen.text((left + 2, 2), captions[column], fill="black")
+        for row, picture in enumerate(pictures):
+            whole.paste(picture.convert("RGB"), (left, top + row * (height + GAP)))
+    return whole
+
+
+def stacked(parts: Sequence[Image.Image]) -> Image.Image:
+    """Sheets below each other."""
+    size = max(p.width for p in parts), sum(p.height + 2 * GAP for p in parts) - 2 * GAP
+    whole, top = Image.new("RGB", size, "white"), 0
+    for part in parts:
+        whole.paste(part, (0, top))
+        top += part.height + 2 * GAP
+    return whole

@@ -1,0 +1,30 @@
+"""Ctrl-C that ends a long command cleanly."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def clean_stop(interrupt: Callable[[], None] = lambda: None) -> Iterator[Event]:
+    """The first Ctrl-C sets the event and ends the run after its step, the second at once."""
+    stopped = Event()
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stopped.set()
+        interrupt()
+        # a stream cannot be entered twice, and the signal may have come while one was written
+        os.write(2, b"\ndualdiff: stopping after this step; Ctrl-C again stops at once\n")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,145 @@
+"""What a training run may choose: frozen, validated on construction, recorded with the adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.settings import ANOMALY_PROMPT, IMAGE_PROMPT, require_seed
+
+# what may differ when a run is continued: none of it changes a finished step
+_FREE = ("steps", "checkpoint_every", "sample_every", "samples", "sample_steps", "save_dtype")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "flips": ("none", "horizontal", "vertical", "both"),
+    "latents": ("sample", "mean"),
+    "lr_schedule": ("constant", "cosine"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "save_dtype": ("float32", "float16", "bfloat16"),
+}
+# (name, least, most)
+_WHOLE = (
+    ("rank", 1, 1024),
+    ("blend_width", 1, 4096),
+    ("steps", 1, 10_000_000),
+    ("batch", 1, 4096),
+    ("accumulate", 1, 4096),
+    ("warmup", 0, 10_000_000),
+    ("checkpoint_every", 1, 10_000_000),
+    ("sample_every", 0, 10_000_000),
+    ("samples", 1, 64),
+    ("sample_steps", 1, 1000),
+)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Defaults are those of DualAnoDiff (https://arxiv.org/abs/2408.13509) where it states them.
+
+    defect: folder under `test/` and `ground_truth/`. pictures: the first so many by name, None for
+    all. background: train the background blend, too; needs object masks. text_encoder: train LoRA
+    on the text encoder, too. rank: of all LoRA. blend_width: inner width of the background's
+    affine maps.
+
+    size: pixels of a side, None for the base model's own. flips: which are drawn, one for the
+    image, its anomaly picture and its background alike. latents: `sample` the VAE's posterior anew
+    in every step, or take its `mean`; backgrounds are means, as the engine reads them.
+
+    steps: optimizer steps. batch: pictures per forward pass; accumulate: passes per step; their
+    product is drawn at once, so 4 x 1 and 1 x 4 see the same pictures and noises. learning_rate,
+    weight_decay: AdamW's. lr_schedule: `constant`, or `cosine` to zero over `steps`; warmup: steps
+    of linear rise before. max_grad_norm: of all parameters together, 0 for no clipping.
+    prompt_dropout: share of pictures whose prompts are empty (and whose background is mid-grey, as
+    in the unconditional rows of sampling); the paper has none.
+
+    dtype: of the frozen networks and the activations; adapter, optimizer and loss are float32.
+    gradient_checkpointing: recompute activations, a third more time for a fraction of the memory.
+    checkpoint_every: steps between states that a killed run continues from. sample_every: steps
+    between adapters kept with a sheet of `samples` pairs drawn in `sample_steps`; 0 for none.
+    save_dtype: of the adapter file.
+    """
+
+    defect: str
+    pictures: int | None = None
+    background: bool = False
+    text_encoder: bool = False
+    rank: int = 32
+    blend_width: int = 320
+    size: int | None = None
+    flips: Literal["none", "horizontal", "vertical", "both"] = "both"
+    latents: Literal["sample", "mean"] = "sample"
+    steps: int = 5000
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float = 2e-5
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    prompt_dropout: float = 0.0
+    image_prompt: str = IMAGE_PROMPT
+    anomaly_prompt: str = ANOMALY_PROMPT
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 500
+    sample_every: int = 1000
+    samples: int = 4
+    sample_steps: int = 50
+    save_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.defect or self.defect != self.defect.strip("./\\ ") or "/" in self.defect:
+            raise SettingsError(f"defect must name a folder under test/, got {self.defect!r}")
+        for name, least, most in _WHOLE:
+            _whole(name, getattr(self, name), least, most)
+        if self.pictures is not None:
+            _whole("pictures", self.pictures, 2, 1_000_000)
+        if self.size is not None:
+            _whole("size", self.size, 8, 8192)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingsError(
+                    f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        _within("learning_rate", self.learning_rate, 0, 1, open_below=True)
+        _within("weight_decay", self.weight_decay, 0, 1)
+        _within("max_grad_norm", self.max_grad_norm, 0, math.inf)
+        _within("prompt_dropout", self.prompt_dropout, 0, 1)
+        require_seed(self.seed)
+
+    @property
+    def per_step(self) -> int:
+        """Pictures per optimizer step."""
+        return self.batch * self.accumulate
+
+    def binding(self) -> dict[str, Any]:
+        """What a continued run must share with the run that it continues."""
+        bound = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        # a cosine ends where the run does
+        return bound | ({"steps": self.steps} if self.lr_schedule == "cosine" else {})
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / (self.warmup + 1)
+        if self.lr_schedule == "constant":
+            return self.learning_rate
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (1 + math.cos(math.pi * share)) / 2
+
+
+def _whole(name: str, value: object, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise SettingsError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+
+
+def _within(
+    name: str, value: object, least: float, most: float, *, open_below: bool = False
+) -> None:
+    fits = isinstance(value, int | float) and math.isfinite(value) and least <= value <= most
+    if not fits or (open_below and value == least):
+        raise SettingsError(f"{name} must be a number from {least} to {most}, got {value!r}")

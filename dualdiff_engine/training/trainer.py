@@ -1,0 +1,268 @@
+"""The training run: draws, losses, steps, and what is written when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dualdiff_engine import adapter_files, memory, request
+from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.errors import BaseModelError, OutputError, SettingsError, TrainingError
+from dualdiff_engine.output import lock
+from dualdiff_engine.settings import Background
+from dualdiff_engine.training import data as folders
+from dualdiff_engine.training import record, state
+from dualdiff_engine.training.latents import Draw, LatentSet, encode
+from dualdiff_engine.training.network import TrainableNetwork
+from dualdiff_engine.training.options import TrainingOptions
+
+ADAPTER = f"{adapter_files.STEM}.safetensors"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """adapter: the file, or None if the run was stopped before its last step.
+
+    losses [steps done, 2 branches] fp32.
+    """
+
+    adapter: Path | None
+    losses: Tensor
+
+
+def train_adapter(
+    base: str | Path,
+    data: str | Path,
+    output: str | Path,
+    options: TrainingOptions,
+    *,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingResult:
+    """Train an adapter into a folder; a run that the folder holds is continued.
+
+    base: a diffusers Stable Diffusion folder or hub id. data: a folder in MVTec layout, see
+    `dualdiff_engine.training.data`. output receives `pytorch_lora_weights.safetensors`,
+    `training.json`, `loss.png` (where matplotlib is installed), `checkpoint-N/` as asked for, and
+    the state to continue from. should_stop: asked after every step; a stopped run is continued like
+    a killed one. A continued run gives the result of an undisturbed one, on a CPU bit for bit.
+    Everything is checked before anything is computed.
+    Raises DataError, SettingsError, BaseModelError, OutputError.
+    """
+    run = _Run(base, data, Path(output), options, progress)
+    return run.train(should_stop)
+
+
+class _Run:
+    """One run into one folder. Building it checks everything and computes nothing."""
+
+    def __init__(
+        self,
+        base: str | Path,
+        data: str | Path,
+        output: Path,
+        options: TrainingOptions,
+        progress: bool,
+    ) -> None:
+        self.options, self.output, self.data, self.progress = options, output, data, progress
+        self.device = request.device_of(options.device)
+        self.dtype = request.dtype_of(options.dtype, self.device)
+        if self.dtype == torch.float16:
+            raise SettingsError("this GPU has no bfloat16: train with dtype float32")
+        self.examples = folders.find_examples(data, options)
+        self.base = BaseModel(base)
+        self.noiser = self.base.noiser()
+        self.target = self.noiser.config.prediction_type
+        if self.target not in ("epsilon", "v_prediction"):
+            raise BaseModelError(
+                f"the base predicts {self.target!r}; trained are epsilon and v_prediction"
+            )
+        self.size = self._size()
+        self.files = folders.listing(data, self.examples)
+        self.bound = {**options.binding(), "base": self.base.sha256, "data": self.files}
+        self.state = output / state.STATE
+        self.losses = torch.zeros(0, 2)
+        done = state.steps_done(self.state, self.bound)
+        if done > options.steps:
+            raise SettingsError(
+                f"{output} holds a run of {done} steps, more than the {options.steps} asked for: "
+                "choose another folder"
+            )
+
+    def _size(self) -> int:
+        """Pixels of a side."""
+        step = self.base.pixels_per_latent
+        size = self.options.size or self.base.sample_size * step
+        if size % step:
+            raise SettingsError(f"size must be a multiple of {step} for this VAE, got {size}")
+        return size
+
+    def train(self, should_stop: Callable[[], bool]) -> TrainingResult:
+        options = self.options
+        with _folder(self.output):
+            self._prepare()
+            done = len(self.losses)
+            bar = tqdm(total=options.steps, initial=done, disable=not self.progress, unit="step")
+            with bar:
+                for step in range(done, options.steps):
+                    losses = self._step(step)
+                    self.losses = torch.cat([self.losses, losses[None]])
+                    bar.update()
+                    bar.set_postfix(loss=f"{float(losses.sum()):.4f}", refresh=False)
+                    stopping = should_stop() and step + 1 < options.steps
+                    self._write(step + 1, stopping)
+                    if stopping:
+                        return TrainingResult(None, self.losses)
+            return TrainingResult(self._finish(), self.losses)
+
+    def _prepare(self) -> None:
+        """Networks, latents, and where the run had got to."""
+        options = self.options
+        if self.device.type == "cpu":
+            memory.keep_freed_blocks()
+        self.network = TrainableNetwork(self.base, options, self.device, self.dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters.values(),
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        if self.state.exists():
+            self.losses = state.restore(self.state, self.network.parameters, self.optimizer)
+        self.context = None if self.network.trains_text else self._encode_prompts().detach()
+        if len(self.losses) < options.steps:
+            self.latents = self._encode()
+
+    def _encode(self) -> LatentSet:
+        vae = self.base.load_vae(self.device, torch.float32)
+        pictures = len(self.examples)
+        bar = tqdm(total=pictures, disable=not self.progress, unit="picture", leave=False)
+        with bar:
+            return encode(vae, self.examples, self.options, self.size, bar)
+
+    def _encode_prompts(self) -> Tensor:
+        """[2 branches, 2 (prompt, empty), L, X]."""
+        options = self.options
+        prompts = [options.image_prompt, "", options.anomaly_prompt, ""]
+        return self.network.encode(prompts).unflatten(0, (2, 2))
+
+    def _step(self, step: int) -> Tensor:
+        """One optimizer step; the losses of both branches, [2] on the CPU."""
+        options = self.options
+        drawn = self.latents.draw(options, step, self.noiser.config.num_train_timesteps)
+        total = torch.zeros(2)
+        for part in drawn.split(options.batch):
+            losses = self._losses(part) / options.accumulate
+            losses.sum().backward()
+            total += losses.detach().cpu()
+        if not total.isfinite().all():
+            raise TrainingError(
+                f"the loss is not finite at step {step + 1}: lower learning_rate, or train in "
+                "float32; the last state is kept"
+            )
+        if options.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters.values(), options.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _losses(self, drawn: Draw) -> Tensor:
+        """Mean squared error of the predicted noise, by branch, [2]."""
+        device = self.device
+        clean = drawn.latents.transpose(0, 1).to(device)
+        noise = drawn.noise.transpose(0, 1).to(device)
+        times = drawn.timesteps.to(device)
+        background = None
+        if drawn.background is not None and drawn.background_noise is not None:
+            background = self.noiser.add_noise(
+                drawn.background.to(device), drawn.background_noise.to(device), times
+            )
+        context = self.context if self.context is not None else self._encode_prompts()
+        if drawn.dropped.any():
+            context = context[:, drawn.dropped.long().to(device)]
+        else:
+            context = context[:, :1]
+        # both branches at the same timesteps
+        noised = _by_branch(self.noiser.add_noise, clean, noise, times)
+        predicted = self.network(noised, times, context, background).float()
+        target = noise
+        if self.target == "v_prediction":
+            target = _by_branch(self.noiser.get_velocity, clean, noise, times)
+        return F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
+
+    def _write(self, done: int, stopping: bool) -> None:
+        """Whatever is due after so many steps."""
+        options = self.options
+        if stopping or done % options.checkpoint_every == 0 or done == options.steps:
+            parameters = self.network.parameters
+            state.save(self.state, parameters, self.optimizer, self.losses, self.bound)
+            record.draw_curve(self.output / record.CURVE, self.losses)
+        if options.sample_every and done % options.sample_every == 0:
+            folder = self.output / f"checkpoint-{done}"
+            self._save_adapter(folder / ADAPTER)
+            self._draw_sheet(folder)
+
+    def _save_adapter(self, path: Path) -> None:
+        dtype = getattr(torch, self.options.save_dtype)
+        adapter_files.write(path, self.network.tensors(dtype))
+
+    def _draw_sheet(self, folder: Path) -> None:
+        surroundings = []
+        if self.options.background:
+            surroundings = folders.good_backgrounds(self.data, self.options.samples) or [
+                Background(example.picture, example.object_mask) for example in self.examples
+            ]
+        record.draw_sheet(
+            folder / record.SHEET,
+            self.base.source,
+            folder / ADAPTER,
+            self.options,
+            self.size,
+            (str(self.device), str(self.dtype)),
+            surroundings,
+        )
+
+    def _finish(self) -> Path:
+        path = self.output / ADAPTER
+        self._save_adapter(path)
+        place = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+        made = {"options": asdict(self.options), **place, "size": self.size, "data": self.files}
+        record.write(self.output, path, self.base, made, self.losses)
+        return path
+
+
+def _by_branch(
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor], clean: Tensor, noise: Tensor, times: Tensor
+) -> Tensor:
+    """clean, noise [2, B, 4, h, w], times [B] -> [2, B, 4, h, w]."""
+    return torch.stack([combine(c, n, times) for c, n in zip(clean, noise, strict=True)])
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """The output folder, made if need be and held against other runs. Raises OutputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held = (path / LOCK).open("a+b", buffering=0)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+    with held:
+        try:
+            lock(held)
+        except OSError as error:
+            raise OutputError(
+                f"another run is writing to {path}: wait for it or choose another folder"
+            ) from error
+        yield
