@@ -17,7 +17,8 @@ def clean_stop(interrupt: Callable[[], None] = lambda: None) -> Iterator[Event]:
     stopped = Event()
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        # not what was there before: a job in the background starts with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         stopped.set()
         interrupt()
         # a stream cannot be entered twice, and the signal may have come while one was written
