@@ -262,7 +262,8 @@ def _clean_stop(engine: Engine) -> Iterator[Event]:
     stopped = Event()
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        # not what was there before: a job in the background starts with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         stopped.set()
         engine.interrupt()
         # a stream cannot be entered twice, and the signal may have come while one was written

@@ -438,8 +438,9 @@ def test_interrupt_keeps_finished_pairs(
     assert len(rows(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_second_interrupt_stops_at_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, before: Any
 ) -> None:
     def write(writer: FolderWriter, pair: Any) -> int:
         signal.raise_signal(signal.SIGINT)
@@ -447,6 +448,10 @@ def test_a_second_interrupt_stops_at_once(
         raise AssertionError("still running")
 
     monkeypatch.setattr(FolderWriter, "write", write)
-    assert generate(DUAL, tmp_path, *FAST, "-n", 2, "--batch", 1) == 130
+    handler = signal.signal(signal.SIGINT, before)
+    try:
+        assert generate(DUAL, tmp_path, *FAST, "-n", 2, "--batch", 1) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert capfd.readouterr().err.endswith("dualdiff: interrupted\n")
     assert rows(tmp_path) == []
