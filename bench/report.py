@@ -19,18 +19,17 @@ released: one pair per call, branches in turn, LoRA beside the weights, backgrou
 diffusers: the same UNet uncoupled, all rows in one batch (a floor; its result is another one)
 engine: folded and coupled, the batch at once; with a background its shares are computed beforehand
 pairs/s: denoising only, schedule length times the median step; error: relative L2 of the guided
-noise to released in fp32; speed-up: median over rounds of released's time over the peer's"""
+noise to released in fp32; speed-up: median over rounds of released's time over the peer's; where
+released did not run, the first row's median over the peer's"""
 
 
 def cells(record: Record) -> list[list[str]]:
     """One row of text per peer, in the order of COLUMNS."""
     rows = []
+    first = record["peers"][0]["ms_per_step"]["p50"]
     for row in record["peers"]:
-        ms, speedup, error = (
-            row["ms_per_step"],
-            row["speedup_over_released"],
-            row["error_to_released"],
-        )
+        ms, error = row["ms_per_step"], row["error_to_released"]
+        speedup = row["speedup_over_released"] or first / ms["p50"]
         rows.append(
             [
                 row["peer"],
@@ -38,7 +37,7 @@ def cells(record: Record) -> list[list[str]]:
                 f"{ms['p50']:,.0f}",
                 f"{ms['p20']:,.0f}–{ms['p80']:,.0f}",
                 f"{row['pairs_per_s']:.3g}",
-                f"{speedup:.2f}x" if speedup else "-",
+                f"{speedup:.2f}x",
                 f"{row['flops_per_step'] / 1e12:.3f}",
                 f"{row['flops_per_s'] / 1e9:,.0f}",
                 f"{row['share_of_product_rate']:.0%}",
