@@ -22,7 +22,7 @@ from dualdiff_engine import Engine, adapter_files
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import DataError, OutputError, SettingsError, TrainingError
 from dualdiff_engine.training import TrainingOptions, TrainingResult, train_adapter
-from dualdiff_engine.training.data import find_examples
+from dualdiff_engine.training.data import find_examples, sheet_backgrounds
 from dualdiff_engine.training.state import STATE
 from dualdiff_engine.training.trainer import ADAPTER, _folder, _Run
 from training_cases import DEFECT, SIZE, base_of, mask_of, options_of, picture_of, save, write_data
@@ -114,6 +114,19 @@ def test_unusable_data_is_named(fault: str, tmp_path: Path) -> None:
     if "object" in fault:
         # read for background only
         assert len(find_examples(root, options_of())) == 3
+
+
+def test_backgrounds_of_sheets_are_checked_too(data: Path, tmp_path: Path) -> None:
+    options = options_of(background=True, sample_every=1)
+    examples = find_examples(data, options)
+    (good,) = sheet_backgrounds(data, examples, options)
+    assert good.picture == data / "train" / "good" / "000.png"
+    assert sheet_backgrounds(data, examples, options_of(background=True)) == []
+    assert len(sheet_backgrounds(tmp_path, examples, options)) == 3
+    root = write_data(tmp_path)
+    save(mask_of(root, 0, OBJECT, "good"), WHITE[:32])
+    with pytest.raises(DataError, match=r"good/000_mask\.png: mask of \(64, 32\)"):
+        sheet_backgrounds(root, examples, options)
 
 
 def test_every_fault_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +302,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(TrainingError, match="not finite at step 1: lower learning_rate"):
         train(data, tmp_path, steps=2)
     assert not (tmp_path / STATE).exists()
+
+
+def test_out_of_memory_says_what_helps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: _Run, drawn: object) -> None:
+        raise torch.OutOfMemoryError("allocating")
+
+    monkeypatch.setattr(_Run, "_losses", full)
+    with pytest.raises(TrainingError, match="out of memory: take a smaller batch"):
+        train(data, tmp_path, steps=1)
 
 
 def test_sizes_and_prompts_are_checked_before_anything_runs(data: Path, tmp_path: Path) -> None:
