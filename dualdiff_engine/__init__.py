@@ -19,11 +19,13 @@ _HOME = {
     "AdapterError": "dualdiff_engine.errors",
     "BackendError": "dualdiff_engine.errors",
     "BaseModelError": "dualdiff_engine.errors",
+    "DataError": "dualdiff_engine.errors",
     "DualDiffError": "dualdiff_engine.errors",
     "OutOfMemoryError": "dualdiff_engine.errors",
     "OutputError": "dualdiff_engine.errors",
     "SegmenterError": "dualdiff_engine.errors",
     "SettingsError": "dualdiff_engine.errors",
+    "TrainingError": "dualdiff_engine.errors",
 }
 __all__ = sorted(_HOME)
 
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
     from dualdiff_engine.errors import AdapterError as AdapterError
     from dualdiff_engine.errors import BackendError as BackendError
     from dualdiff_engine.errors import BaseModelError as BaseModelError
+    from dualdiff_engine.errors import DataError as DataError
     from dualdiff_engine.errors import DualDiffError as DualDiffError
     from dualdiff_engine.errors import OutOfMemoryError as OutOfMemoryError
     from dualdiff_engine.errors import OutputError as OutputError
     from dualdiff_engine.errors import SegmenterError as SegmenterError
     from dualdiff_engine.errors import SettingsError as SettingsError
+    from dualdiff_engine.errors import TrainingError as TrainingError
     from dualdiff_engine.pair import Pair as Pair
     from dualdiff_engine.settings import Background as Background
     from dualdiff_engine.settings import Prompts as Prompts

@@ -32,6 +32,8 @@ LAYERS = {
     "graph": {"errors", "model"},
     "sampler": {"background", "graph", "model", "ops", "settings"},
     "output": {"errors", "pair"},
+    "sheet": set(),
+    "stopping": set(),
 }
 
 

@@ -82,10 +82,14 @@ def find_examples(data: str | Path, options: TrainingOptions) -> list[Example]:
         )
         faults += _faults(example)
         examples.append(example)
+    _refuse(root, faults)
+    return examples
+
+
+def _refuse(root: Path, faults: list[str]) -> None:
     if faults:
         more = [f"… and {len(faults) - _MOST_TOLD} more"] if len(faults) > _MOST_TOLD else []
         raise DataError("\n".join([f"{root}: unusable data", *faults[:_MOST_TOLD], *more]))
-    return examples
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -94,15 +98,23 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
-def good_backgrounds(data: str | Path, most: int) -> list[Background]:
-    """Surroundings of good parts, of those that have an object mask."""
+def sheet_backgrounds(
+    data: str | Path, examples: list[Example], options: TrainingOptions
+) -> list[Background]:
+    """What sample sheets are drawn on: good parts that have an object mask, else the examples.
+
+    Empty without background. Raises DataError as `find_examples` does.
+    """
+    if not options.background or not options.sample_every:
+        return []
     root = Path(data)
-    found: list[Background] = []
-    for picture in pictures_in(root / "train" / "good"):
-        mask = root / "object_mask" / "good" / f"{picture.stem}_mask.png"
-        if mask.is_file() and len(found) < most:
-            found.append(Background(picture, mask))
-    return found
+    good = [
+        Example(picture, mask, mask)
+        for picture in pictures_in(root / "train" / "good")
+        if (mask := root / "object_mask" / "good" / f"{picture.stem}_mask.png").is_file()
+    ][: options.samples]
+    _refuse(root, [fault for example in good for fault in _faults(example)[:1]])
+    return [Background(e.picture, e.object_mask) for e in good or examples]
 
 
 def listing(data: str | Path, examples: list[Example]) -> list[dict[str, str]]:

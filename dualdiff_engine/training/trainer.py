@@ -16,7 +16,6 @@ from dualdiff_engine import adapter_files, memory, request
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import BaseModelError, OutputError, SettingsError, TrainingError
 from dualdiff_engine.output import lock
-from dualdiff_engine.settings import Background
 from dualdiff_engine.training import data as folders
 from dualdiff_engine.training import record, state
 from dualdiff_engine.training.latents import Draw, LatentSet, encode
@@ -55,10 +54,19 @@ def train_adapter(
     the state to continue from. should_stop: asked after every step; a stopped run is continued like
     a killed one. A continued run gives the result of an undisturbed one, on a CPU bit for bit.
     Everything is checked before anything is computed.
-    Raises DataError, SettingsError, BaseModelError, OutputError.
+    Raises DataError, SettingsError, BaseModelError, OutputError, TrainingError.
     """
-    run = _Run(base, data, Path(output), options, progress)
-    return run.train(should_stop)
+    try:
+        # whatever mode the caller is in
+        with torch.inference_mode(False), torch.enable_grad():
+            return _Run(base, data, Path(output), options, progress).train(should_stop)
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory: take a smaller batch (and accumulate more), gradient_checkpointing, "
+            "dtype bfloat16 or a smaller size"
+        ) from error
 
 
 class _Run:
@@ -72,12 +80,13 @@ class _Run:
         options: TrainingOptions,
         progress: bool,
     ) -> None:
-        self.options, self.output, self.data, self.progress = options, output, data, progress
+        self.options, self.output, self.progress = options, output, progress
         self.device = request.device_of(options.device)
         self.dtype = request.dtype_of(options.dtype, self.device)
         if self.dtype == torch.float16:
             raise SettingsError("this GPU has no bfloat16: train with dtype float32")
         self.examples = folders.find_examples(data, options)
+        self.surroundings = folders.sheet_backgrounds(data, self.examples, options)
         self.base = BaseModel(base)
         self.noiser = self.base.noiser()
         self.target = self.noiser.config.prediction_type
@@ -87,7 +96,17 @@ class _Run:
             )
         self.size = self._size()
         self.files = folders.listing(data, self.examples)
-        self.bound = {**options.binding(), "base": self.base.sha256, "data": self.files}
+        self.place = {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "size": self.size,
+        }
+        self.bound = {
+            **options.binding(),
+            **self.place,
+            "base": self.base.sha256,
+            "data": self.files,
+        }
         self.state = output / state.STATE
         self.losses = torch.zeros(0, 2)
         done = state.steps_done(self.state, self.bound)
@@ -217,11 +236,6 @@ class _Run:
         adapter_files.write(path, self.network.tensors(dtype))
 
     def _draw_sheet(self, folder: Path) -> None:
-        surroundings = []
-        if self.options.background:
-            surroundings = folders.good_backgrounds(self.data, self.options.samples) or [
-                Background(example.picture, example.object_mask) for example in self.examples
-            ]
         record.draw_sheet(
             folder / record.SHEET,
             self.base.source,
@@ -229,14 +243,13 @@ class _Run:
             self.options,
             self.size,
             (str(self.device), str(self.dtype)),
-            surroundings,
+            self.surroundings,
         )
 
     def _finish(self) -> Path:
         path = self.output / ADAPTER
         self._save_adapter(path)
-        place = {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
-        made = {"options": asdict(self.options), **place, "size": self.size, "data": self.files}
+        made = {"options": asdict(self.options), **self.place, "data": self.files}
         record.write(self.output, path, self.base, made, self.losses)
         return path
 
