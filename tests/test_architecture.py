@@ -31,6 +31,8 @@ LAYERS = {
     "background": {"errors", "settings"},
     "sampler": {"background", "model", "ops", "settings"},
     "output": {"errors", "pair"},
+    "sheet": set(),
+    "stopping": set(),
 }
 
 

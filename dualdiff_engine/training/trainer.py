@@ -57,8 +57,9 @@ def train_adapter(
     Everything is checked before anything is computed.
     Raises DataError, SettingsError, BaseModelError, OutputError.
     """
-    run = _Run(base, data, Path(output), options, progress)
-    return run.train(should_stop)
+    # whatever mode the caller is in
+    with torch.inference_mode(False), torch.enable_grad():
+        return _Run(base, data, Path(output), options, progress).train(should_stop)
 
 
 class _Run:
