@@ -22,6 +22,7 @@ import typer
 import dualdiff_engine
 from dualdiff_engine import settings
 from dualdiff_engine.errors import AdapterError, BaseModelError, DualDiffError, SettingsError
+from dualdiff_engine.export.commands import register
 from dualdiff_engine.settings import Background, NoiseMode, Prompts, Sampling
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ MOST_PAIRS = 1_000_000
 _SPOKEN = {
     "allow_pickle=True": "--allow-pickle",
     "background=Background(…)": "--background PICTURE",
+    "exported=FOLDER": "--exported FOLDER",
     "pass batch=": "pass --batch ",
 }
 # distribution -> the extra that brings it
@@ -57,6 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+register(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -66,8 +69,8 @@ def _show_version(wanted: bool) -> None:
 
 
 _file = {"exists": True, "dir_okay": False, "readable": True}
-Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
-AdapterPath = Annotated[Path, typer.Option(help="Adapter file, its folder, or checkpoint-N.")]
+Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers), hub id, or bundle.")]
+AdapterPath = Annotated[Path, typer.Option(help="Adapter file, its folder, checkpoint-N.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; a run that it holds is continued.")]
 Count = Annotated[int | None, typer.Option("--count", "-n", min=1, max=MOST_PAIRS, help="Pairs.")]
 Seeds = Annotated[str | None, typer.Option(help="A pair each: 1,2,5 or 10:20 (which ends at 19).")]
@@ -86,6 +89,7 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Optio
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 Backend = Annotated[str, typer.Option(help="auto, or a backend that `dualdiff doctor` lists.")]
 Masker = Annotated[Path | None, typer.Option(**_file, help="ONNX model that makes the masks.")]
+Exported = Annotated[Path | None, typer.Option(help="Of `export onnx`, for --backend onnxruntime.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .bin that you trust.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -155,6 +159,7 @@ def generate(
     device: Device = "auto",
     backend: Backend = "auto",
     segmenter: Masker = None,
+    exported: Exported = None,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
@@ -177,14 +182,9 @@ def generate(
         from dualdiff_engine.engine import Engine
 
         with Engine.from_pretrained(
-            base,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            backend=backend,
-            max_batch=batch,
-            allow_pickle=allow_pickle,
-        ) as engine:
+            base, adapter=adapter, dtype=dtype, device=device, backend=backend, max_batch=batch,
+            allow_pickle=allow_pickle, exported=exported,
+        ) as engine:  # fmt: skip
             _write_pairs(engine, engine.stream(**options), writer, quiet)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualdiff_engine.adapters import (
     PROJECTIONS,
@@ -59,6 +60,17 @@ def diffusers_name(engine_name: str) -> str:
     for theirs, ours in _RENAMES:
         engine_name = engine_name.replace(ours, theirs)
     return engine_name
+
+
+def site_shapes(network: nn.Module, context_width: int) -> dict[str, tuple[int, int]]:
+    """(channels, context width) of every site of a DualUNet, by diffusers' module path."""
+    shapes = {}
+    for name, module in network.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            channels = cast(int, module.channels)
+            context = channels if name.endswith("attn1") else context_width
+            shapes[diffusers_name(name)] = (channels, context)
+    return shapes
 
 
 def _resnet_order(name: str) -> tuple[int, list[int]]:
