@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin
 TEST := .venv-test/bin
 
-.PHONY: bench test native lint types interpreter aot clean
+.PHONY: bench test native lint types interpreter aot exports clean
 
 bench: .venv/ready
 	$(RUN)/dualdiff-bench --batch 32
@@ -22,6 +22,10 @@ interpreter: .venv-test/ready
 
 aot: .venv-test/ready
 	$(TEST)/python -m pytest tests/aot -s
+
+# ONNX exports of the golden models, through ONNX Runtime on the CPU
+exports: .venv-test/ready
+	$(TEST)/python -m pytest tests/exports
 
 lint: .venv-test/ready
 	$(TEST)/ruff check .

@@ -68,21 +68,22 @@ class BaseModel:
                 raise BaseModelError(
                     f"{self.folder} has no {part}/: expected a diffusers SD folder"
                 )
-        self.unet_config = UNetConfig.from_dict(_json(self.folder / "unet" / "config.json"))
+        config = read_json(self.folder / "unet" / "config.json")
+        self.unet_config = UNetConfig.from_dict(config)
         if (self.unet_config.in_channels, self.unet_config.out_channels) != (4, 4):
             raise BaseModelError(
                 f"the UNet maps {self.unet_config.in_channels} to {self.unet_config.out_channels} "
                 "channels; expected 4 to 4 (inpainting models are not supported)"
             )
-        self.sample_size = int(_json(self.folder / "unet" / "config.json").get("sample_size", 64))
-        self.unet = TensorFile(_weights_file(self.folder / "unet", _WEIGHTS))
+        self.sample_size = int(config.get("sample_size", 64))
+        self.unet: Mapping[str, Tensor] = TensorFile(_weights_file(self.folder / "unet", _WEIGHTS))
 
     @cached_property
     def scheduler(self) -> Any:
         """The base model's own diffusers scheduler; never stepped, only configured from."""
         import diffusers
 
-        config = _json(self.folder / "scheduler" / "scheduler_config.json")
+        config = read_json(self.folder / "scheduler" / "scheduler_config.json")
         scheduler = getattr(diffusers, str(config.get("_class_name")), None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
             raise BaseModelError(
@@ -132,7 +133,7 @@ class BaseModel:
 
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(
-                _json(self.folder / "unet" / "config.json")
+                read_json(self.folder / "unet" / "config.json")
             )
         tensors = {name: self.unet[name].to(device, dtype) for name in self.unet}
         try:
@@ -161,7 +162,7 @@ class BaseModel:
     @property
     def pixels_per_latent(self) -> int:
         """How much the VAE shrinks a side."""
-        levels = _json(self.folder / "vae" / "config.json").get("block_out_channels", [0])
+        levels = read_json(self.folder / "vae" / "config.json").get("block_out_channels", [0])
         return int(2 ** (len(levels) - 1))
 
     @cached_property
@@ -214,7 +215,8 @@ def _weights_file(folder: Path, stem: str) -> Path:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises BaseModelError."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -28,6 +28,7 @@ from dualdiff_engine.cli_options import (
     CudaGraph,
     Device,
     Dtype,
+    Exported,
     Guidance,
     Json,
     Masker,
@@ -53,6 +54,7 @@ from dualdiff_engine.errors import (
     DualDiffError,
     SettingsError,
 )
+from dualdiff_engine.export.commands import register
 from dualdiff_engine.settings import Background, Prompts, Sampling
 from dualdiff_engine.stopping import INTERRUPTED, clean_stop
 from dualdiff_engine.training.command import train
@@ -67,6 +69,7 @@ FAILED = 2
 _SPOKEN = {
     "allow_pickle=True": "--allow-pickle",
     "background=Background(…)": "--background PICTURE",
+    "exported=FOLDER": "--exported FOLDER",
     "pass batch=": "pass --batch ",
 }
 # `UsageError` of the click that this typer uses, its own copy or the package
@@ -78,6 +81,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+register(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -160,6 +164,7 @@ def generate(
     backend: Backend = "auto",
     cuda_graph: CudaGraph = None,
     segmenter: Masker = None,
+    exported: Exported = None,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
@@ -191,6 +196,7 @@ def generate(
             cuda_graph=cuda_graph,
             max_batch=batch,
             allow_pickle=allow_pickle,
+            exported=exported,
         ) as engine:
             _write_pairs(engine, engine.stream(**options), writer, quiet)
 

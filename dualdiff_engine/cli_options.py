@@ -13,7 +13,7 @@ from dualdiff_engine.settings import NoiseMode
 MOST_PAIRS = 1_000_000
 
 FILE = {"exists": True, "dir_okay": False, "readable": True}
-Base = Annotated[str | None, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
+Base = Annotated[str | None, typer.Option(help="Stable Diffusion folder, hub id, or bundle.")]
 AdapterPath = Annotated[
     Path | None, typer.Option(help="Adapter file, its folder, or checkpoint-N.")
 ]
@@ -40,6 +40,7 @@ CudaGraph = Annotated[
     bool | None, typer.Option(help="Replay captured steps; by default with Triton's attention.")
 ]
 Masker = Annotated[Path | None, typer.Option(**FILE, help="ONNX model that makes the masks.")]
+Exported = Annotated[Path | None, typer.Option(help="Of `export onnx`, for --backend onnxruntime.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .bin that you trust.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

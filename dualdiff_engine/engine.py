@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,15 @@ from dualdiff_engine.pair import Pair, check_output_type
 from dualdiff_engine.recipe import describe
 from dualdiff_engine.settings import Background, Prompts, Sampling
 from dualdiff_engine.text import TextEncoder
+from dualdiff_engine.weights import Resident
+
+# backends that run an exported network; their code is loaded when one is asked for
+EXPORTED = ("onnxruntime", "tensorrt")
+BUNDLE = "bundle.json"
 
 
-@dataclass(frozen=True)
-class _Resident:
-    """A folded adapter, ready to be pointed at."""
-
-    summary: Mapping[str, Any]
-    sites: dict[str, Tensor]
-    text: Mapping[str, Tensor]
+def _exported() -> Any:
+    return importlib.import_module("dualdiff_engine.export.backends")
 
 
 class Engine:
@@ -50,16 +50,23 @@ class Engine:
         dtype: torch.dtype,
         max_batch: int,
         cuda_graph: bool = False,
+        *,
+        unet: DualUNet | None = None,
+        text_encoder: TextEncoder | None = None,
+        vae: Any = None,
     ) -> None:
+        """unet, text_encoder, vae: what runs in place of the base's own, with the same calls."""
         self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
         self.max_batch = max_batch
-        self.text_encoder = TextEncoder(*base.load_text())
+        self.text_encoder = text_encoder or TextEncoder(*base.load_text())
         # half precision overflows in this VAE's decoder
-        self.vae = base.load_vae(device, torch.float32 if dtype == torch.float16 else dtype)
-        self.unet = DualUNet(base.unet_config, ops, background=True)
+        half = dtype == torch.float16
+        self.vae = vae or base.load_vae(device, torch.float32 if half else dtype)
+        self.unet = unet or DualUNet(base.unet_config, ops, background=True)
         # what the loop calls: the network, or its captured graphs
         self.denoiser: DualUNet | GraphedDenoiser = self.unet
-        self._load(weights.fold_network(base.unet, device, dtype))
+        if unet is None:
+            self._load(weights.fold_network(base.unet, device, dtype))
         if lacking := self.unet.missing():
             raise BaseModelError(
                 f"the base UNet lacks {weights.diffusers_name(lacking[0])} "
@@ -67,7 +74,7 @@ class Engine:
             )
         if cuda_graph:
             self.denoiser = GraphedDenoiser(self.unet)
-        self._residents: dict[str, _Resident] = {}
+        self._residents: dict[str, Resident] = {}
         self._active: str | None = None
         self.interrupted = False
         self._bank: tuple[object, BackgroundBank] | None = None
@@ -86,23 +93,26 @@ class Engine:
         allow_pickle: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
+        exported: str | Path | None = None,
     ) -> Engine:
         """Load a base model and, if given, an adapter.
 
         base: a diffusers Stable Diffusion folder or a hub id. adapter: see `load_adapter`. dtype:
         float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
-        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops. cuda_graph: replay
+        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or onnxruntime, which
+        runs the denoiser of `exported`, a folder by `dualdiff export onnx`. cuda_graph: replay
         denoiser calls from captured CUDA graphs; by default where Triton serves attention on a GPU.
-        max_batch: most pairs computed at once, by default 4
-        on a CPU and 32 on a GPU.
+        max_batch: most pairs computed at once, by default 4 on a CPU and 32 on a GPU.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
+        if backend in EXPORTED or exported is not None or Path(base, BUNDLE).is_file():
+            return _exported().from_pretrained(
+                base, exported, backend, adapter, dtype, device, max_batch, allow_pickle, revision,
+                local_files_only,
+            )  # fmt: skip
         device = request.device_of(device)
         dtype = request.dtype_of(dtype, device)
-        if max_batch is None:
-            max_batch = 32 if device.type == "cuda" else 4
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise SettingsError(f"max_batch must be a positive whole number, got {max_batch!r}")
+        max_batch = request.max_batch_of(max_batch) or (32 if device.type == "cuda" else 4)
         ops = bind(backend, device=device, dtype=dtype)
         graphed = request.cuda_graph_of(cuda_graph, device, ops)
         # the small file first: a wrong adapter is refused before gigabytes are read
@@ -113,8 +123,27 @@ class Engine:
         with torch.inference_mode():
             engine = cls(model, ops, device, dtype, max_batch, graphed)
             if loaded is not None:
-                engine._keep_adapter(loaded, adapters.default_name(str(adapter)))
+                engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
         return engine
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | Path,
+        *,
+        adapter: str | None = None,
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        max_batch: int | None = None,
+        trust: bool = False,
+    ) -> Engine:
+        """Run a folder by `dualdiff export bundle`, which needs no base model beside it.
+
+        adapter: one of the bundle's, by default its first; all are resident. backend: auto takes
+        the fastest that runs here and says in `ops.table` which and why. trust: run TensorRT
+        engines that another user owns. Raises BackendError.
+        """
+        return _exported().from_bundle(path, adapter, device, backend, max_batch, trust)
 
     def load_adapter(
         self, source: str | Path, name: str | None = None, *, allow_pickle: bool = False
@@ -129,16 +158,23 @@ class Engine:
         if name in self._residents:
             raise SettingsError(f"an adapter {name!r} is loaded: unload it, or pass another name=")
         loaded = adapters.load(source, allow_pickle=allow_pickle)
-        self._keep_adapter(loaded, name)
+        self.keep_adapter(loaded, name)
         return name
 
     @torch.inference_mode()
-    def _keep_adapter(self, adapter: adapters.Adapter, name: str) -> None:
-        adapters.check_fits(adapter, self._site_shapes(), self.text_encoder.layers)
-        sites = weights.fold_sites(self.base.unet, adapter.sites, self.device, self.dtype)
+    def keep_adapter(self, adapter: adapters.Adapter, name: str) -> None:
+        """Check and fold a parsed adapter and make it the active one. Raises AdapterError."""
+        sites = weights.site_shapes(self.unet, self.base.unet_config.context_width)
+        adapters.check_fits(adapter, sites, self.text_encoder.layers)
+        folded = weights.fold_sites(self.base.unet, adapter.sites, self.device, self.dtype)
         text = self.text_encoder.fold(adapter.text)
-        self._residents[name] = _Resident(adapters.summary(adapter), sites, text)
-        self.set_adapter(name)
+        self.keep_folded(name, Resident(adapters.summary(adapter), folded, text))
+
+    def keep_folded(self, name: str, folded: Resident) -> None:
+        """Keep an adapter that was folded elsewhere and make it the active one."""
+        self._load(folded.sites)
+        self._residents[name] = folded
+        self._active, self._bank = name, None
 
     def set_adapter(self, name: str) -> None:
         """Make a resident adapter the active one: tensors are pointed at, nothing is computed."""
@@ -163,6 +199,11 @@ class Engine:
     @property
     def active_adapter(self) -> str | None:
         return self._active
+
+    @property
+    def active(self) -> Resident:
+        """The active adapter's folded tensors. Raises SettingsError when none is."""
+        return self._require_adapter()
 
     def generate(self, n: int | Sequence[int] | None = None, **options: Any) -> list[Pair]:
         """All pairs of `stream(n, **options)`, in order; after `interrupt`, those finished."""
@@ -203,8 +244,9 @@ class Engine:
         """
         resident = self._require_adapter()
         with_background = background is not None or background_latents is not None
-        self._check_background(resident, with_background, background_noise)
-        height, width = request.size_of(size, self.base.sample_size * self._pixels_per_latent)
+        trained = bool(resident.summary["background"])
+        request.check_background(self._active, trained, with_background, background_noise)
+        height, width = request.size_of(size, self.base.sample_size * self.pixels_per_latent)
         sampling = Sampling(
             steps=steps if steps is not None else (50 if with_background else 100),
             guidance=guidance if guidance is not None else (2.0 if with_background else 2.5),
@@ -286,34 +328,24 @@ class Engine:
 
     # -----------------------------------------------------------------------------------------
 
-    def _load(self, tensors: dict[str, Tensor]) -> None:
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
         try:
             self.denoiser.load(tensors)
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise BaseModelError(f"unet weights do not match unet/config.json: {reason}") from error
 
-    def _site_shapes(self) -> dict[str, tuple[int, int]]:
-        """(channels, context width) of every site, by diffusers' module path."""
-        width = self.base.unet_config.context_width
-        shapes = {}
-        for name, module in self.unet.named_modules():
-            if name.endswith((".attn1", ".attn2")):
-                context = module.channels if name.endswith("attn1") else width
-                shapes[weights.diffusers_name(name)] = (module.channels, context)
-        return shapes
-
-    def _require_adapter(self) -> _Resident:
+    def _require_adapter(self) -> Resident:
         if self._active is None:
             raise SettingsError("no adapter is active: call load_adapter or set_adapter first")
         return self._residents[self._active]
 
     @property
-    def _pixels_per_latent(self) -> int:
+    def pixels_per_latent(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def latent_size(self, sampling: Sampling) -> tuple[int, int]:
-        step = self._pixels_per_latent
+        step = self.pixels_per_latent
         if sampling.height % step or sampling.width % step:
             raise SettingsError(f"height and width must be multiples of {step} for this VAE")
         return sampling.height // step, sampling.width // step
@@ -322,20 +354,6 @@ class Engine:
         scheduler = self.base.make_scheduler(sampling.scheduler)
         scheduler.set_timesteps(sampling.steps, device=self.device)
         return scheduler
-
-    def _check_background(self, resident: _Resident, given: bool, noise: Tensor | None) -> None:
-        trained = bool(resident.summary["background"])
-        if given and not trained:
-            raise SettingsError(
-                f"adapter {self._active!r} was trained without background: leave it out"
-            )
-        if trained and not given:
-            raise SettingsError(
-                f"adapter {self._active!r} was trained with background: "
-                "pass background=Background(…)"
-            )
-        if noise is not None and not given:
-            raise SettingsError("background_noise needs a background")
 
     def _background_bank(
         self,

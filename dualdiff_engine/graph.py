@@ -6,7 +6,7 @@ buffers that stay where they are: the inputs of a call, and the weights that an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +139,7 @@ class GraphedDenoiser:
         return self._replay("shares", run, Inputs(latents, time_bias, text))
 
     @torch.inference_mode()
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take an adapter's tensors: pointed at before the first capture, copied in after it.
 
         Raises as `DualUNet.load`: KeyError for a name that is no adapter's, RuntimeError for

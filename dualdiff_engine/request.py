@@ -100,6 +100,13 @@ def batch_of(batch: int | None, max_batch: int, pairs: int) -> int:
     return batch
 
 
+def max_batch_of(max_batch: int | None) -> int | None:
+    wrong = isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1
+    if max_batch is not None and wrong:
+        raise SettingsError(f"max_batch must be a positive whole number, got {max_batch!r}")
+    return max_batch
+
+
 def tensor_of(name: str, value: Tensor, shape: tuple[int | str, ...]) -> Tensor:
     """An override as fp32 on the CPU; letters in `shape` stand for any size."""
     fits = (
@@ -115,3 +122,15 @@ def tensor_of(name: str, value: Tensor, shape: tuple[int | str, ...]) -> Tensor:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise SettingsError(f"{name} must be a floating-point tensor {list(shape)}, got {got}")
     return value.detach().float().cpu()
+
+
+def check_background(adapter: str | None, trained: bool, given: bool, noise: Tensor | None) -> None:
+    """A background exactly where the adapter was trained with one. Raises SettingsError."""
+    if given and not trained:
+        raise SettingsError(f"adapter {adapter!r} was trained without background: leave it out")
+    if trained and not given:
+        raise SettingsError(
+            f"adapter {adapter!r} was trained with background: pass background=Background(…)"
+        )
+    if noise is not None and not given:
+        raise SettingsError("background_noise needs a background")

@@ -23,7 +23,8 @@ class TextEncoder:
         # transformers 5 dropped the prefix that released adapters still carry
         self._prefix = "text_model." if "text_model.encoder" in " ".join(self._names) else ""
 
-    def _own_name(self, layer: str) -> str:
+    def own_name(self, layer: str) -> str:
+        """A layer's name in released adapters -> the encoder's own."""
         return self._prefix + layer.removeprefix("text_model.")
 
     @property
@@ -39,11 +40,11 @@ class TextEncoder:
 
     def fold(self, lora: Mapping[str, Mapping[str, LowRank]]) -> dict[str, Tensor]:
         """The weights an adapter changes, merged anew from the pristine encoder."""
-        own = {self._own_name(layer): pairs for layer, pairs in lora.items()}
+        own = {self.own_name(layer): pairs for layer, pairs in lora.items()}
         return weights.fold_text_encoder(self._names, own)
 
-    def encode(self, prompts: list[str], changed: Mapping[str, Tensor]) -> Tensor:
-        """[len(prompts), L, X] fp32; changed: as from `fold`, empty for the base alone."""
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids [len(prompts), L]. Raises SettingsError for a prompt that is too long."""
         limit = self.tokenizer.model_max_length
         ids = self.tokenizer(prompts, padding="max_length", max_length=limit).input_ids
         for prompt, own in zip(prompts, ids, strict=True):
@@ -51,8 +52,12 @@ class TextEncoder:
                 raise SettingsError(
                     f"prompt of {len(own)} tokens, at most {limit}: {prompt[:60]!r}…"
                 )
-        tokens = torch.tensor(ids, device=self.encoder.device)
-        return torch.func.functional_call(self.encoder, dict(changed), (tokens,))[0]
+        return torch.tensor(ids)
+
+    def encode(self, prompts: list[str], changed: Mapping[str, Tensor]) -> Tensor:
+        """[len(prompts), L, X] fp32; changed: as from `fold`, empty for the base alone."""
+        ids = self.tokenize(prompts).to(self.encoder.device)
+        return torch.func.functional_call(self.encoder, dict(changed), (ids,))[0]
 
     def encode_pair(self, prompts: Prompts, changed: Mapping[str, Tensor]) -> Tensor:
         """[2 branches, 2 rows (negative, prompt), L, X] fp32."""

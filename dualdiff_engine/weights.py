@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualdiff_engine.adapters import (
     PROJECTIONS,
@@ -45,6 +47,15 @@ _SITE_PARTS = {
 _TIME_PART = re.compile(r"(.+\.resnets\.\d+)\.(time_emb_proj\.(weight|bias)|conv1\.bias)")
 
 
+@dataclass(frozen=True)
+class Resident:
+    """A folded adapter, ready to be pointed at."""
+
+    summary: Mapping[str, Any]
+    sites: Mapping[str, Tensor]
+    text: Mapping[str, Tensor]
+
+
 def engine_name(diffusers_name: str) -> str:
     """Where the network keeps a tensor (or module) of a diffusers UNet."""
     for theirs, ours in _RENAMES:
@@ -59,6 +70,17 @@ def diffusers_name(engine_name: str) -> str:
     for theirs, ours in _RENAMES:
         engine_name = engine_name.replace(ours, theirs)
     return engine_name
+
+
+def site_shapes(network: nn.Module, context_width: int) -> dict[str, tuple[int, int]]:
+    """(channels, context width) of every site of a DualUNet, by diffusers' module path."""
+    shapes = {}
+    for name, module in network.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            channels = cast(int, module.channels)
+            context = channels if name.endswith("attn1") else context_width
+            shapes[diffusers_name(name)] = (channels, context)
+    return shapes
 
 
 def _resnet_order(name: str) -> tuple[int, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -80,9 +80,9 @@ class DualUNet(nn.Module):
         levels = [*self.down_levels, self.middle, *self.up_levels]
         return [block for x in levels for a in x.attentions for block in a.transformer_blocks]
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Point parameters and buffers at `tensors`; names not given keep what they have."""
-        wrong = self.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+        wrong = self.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
         if wrong:
             raise KeyError(f"not part of the network: {wrong[:3]}")
 

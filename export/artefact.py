@@ -1,0 +1,119 @@
+"""What an exported graph says about itself, and how that is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export import weight_files
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FORMAT = 1
+# attention is one operator since 23; 18 is the oldest that torch.onnx writes
+OPSETS = (18, 19, 20, 21, 22, 23)
+# where folded adapters lie beside the graphs
+ADAPTERS = "adapters"
+# what makes a folder a bundle
+MANIFEST = "bundle.json"
+# what is in the batch, in words, for whoever reads the file without our code
+LAYOUTS = {
+    "denoiser": "latents [branch, batch, 4, h, w]; context [branch, row, token, width]; noise "
+    "[branch, row, batch, 4, h, w]; branches image, anomaly; rows uncond, cond",
+    "background_encoder": "latents [row, 4, h, w], noised to the timestep; context of the image "
+    "branch [row, token, width]; background_i: keys and values [row, position, 2 width]",
+    "text_encoder": "input_ids [prompt, token] -> [prompt, token, width]",
+    "vae_decoder": "latent_sample, divided by scaling_factor -> sample in [-1, 1]",
+    "vae_encoder": "sample in [-1, 1] -> latent_mean, to be multiplied by scaling_factor",
+}
+LAYOUTS["denoiser_background"] = LAYOUTS["denoiser"] + "; background_i: from background_encoder"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The metadata of one graph.
+
+    height, width: latent size, an example where `dynamic_size`. transposed: weights stored with
+    their last two axes exchanged. adapter_weights: those that another adapter replaces, under the
+    same names. adapter: the one
+    whose tensors lie beside the graph. versions: of what wrote it.
+    """
+
+    graph: str
+    precision: str
+    opset: int
+    max_batch: int
+    height: int
+    width: int
+    dynamic_size: bool
+    base: Mapping[str, str]
+    adapter: Mapping[str, Any]
+    layout: str
+    scheduler: Mapping[str, Any]
+    scaling_factor: float
+    versions: Mapping[str, str]
+    transposed: list[str] = field(default_factory=list)
+    adapter_weights: list[str] = field(default_factory=list)
+    format: int = FORMAT
+
+    def write_into(self, model: ir.Model) -> None:
+        for name, value in asdict(self).items():
+            model.metadata_props[f"dualdiff.{name}"] = json.dumps(value)
+
+    @classmethod
+    def read(cls, path: Path) -> tuple[Artefact, onnx.ModelProto]:
+        """A graph and what it says, checked. Raises BackendError."""
+        model = weight_files.load_graph(path)
+        told = {
+            entry.key.removeprefix("dualdiff."): entry.value
+            for entry in model.metadata_props
+            if entry.key.startswith("dualdiff.")
+        }
+        names = {f.name for f in fields(cls)}
+        try:
+            values = {name: json.loads(value) for name, value in told.items() if name in names}
+            artefact = cls(**values)
+        except (TypeError, ValueError) as error:
+            raise BackendError(
+                f"{path} was not written by `dualdiff export onnx`: it lacks or garbles its "
+                f"metadata ({error}); export the adapter again"
+            ) from error
+        if artefact.format != FORMAT:
+            raise BackendError(
+                f"{path} has format {artefact.format}, this release reads {FORMAT}: export again"
+            )
+        artefact._check_opset(path, model)
+        return artefact, model
+
+    def _check_opset(self, path: Path, model: onnx.ModelProto) -> None:
+        found = {opset.domain: opset.version for opset in model.opset_import}.get("")
+        if found != self.opset or found not in OPSETS:
+            raise BackendError(
+                f"{path} is of opset {found}, its metadata says {self.opset} (readable: "
+                f"{OPSETS[0]} to {OPSETS[-1]}): somebody converted it; export again"
+            )
+
+
+def read_artefacts(folder: Path) -> dict[str, Artefact]:
+    """Every graph of a folder, checked. Raises BackendError."""
+    if not folder.is_dir():
+        raise BackendError(f"no folder {str(folder)!r}: make it with `dualdiff export onnx`")
+    found = {}
+    for path in sorted(folder.glob("*.onnx")):
+        artefact, _ = Artefact.read(path)
+        if artefact.graph != path.stem:
+            raise BackendError(f"{path} holds {artefact.graph}: it was renamed, name it so again")
+        found[artefact.graph] = artefact
+    if not found.keys() & {"denoiser", "denoiser_background"}:
+        raise BackendError(f"{folder} holds no denoiser: make it with `dualdiff export onnx`")
+    bases = {artefact.base["sha256"] for artefact in found.values()}
+    if len(bases) > 1:
+        raise BackendError(f"{folder} holds graphs of different base models: export again")
+    return found

@@ -1,0 +1,180 @@
+"""Engines around exported networks: what `Engine.from_pretrained(backend="onnxruntime")` builds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dualdiff_engine import adapters, request
+from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.engine import Engine
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export.artefact import MANIFEST, Artefact, read_artefacts
+from dualdiff_engine.export.bundle import check_files, read_manifest
+from dualdiff_engine.export.denoiser import OnnxDenoiser
+from dualdiff_engine.export.folded import read_adapters
+from dualdiff_engine.export.parts import BundledBase, BundledText, BundledVae
+from dualdiff_engine.export.runtime import onnxruntime, provider_of
+from dualdiff_engine.ops import Choice, Ops, bind
+
+logger = logging.getLogger(__name__)
+
+
+def ops_table(reason: str, backend: str) -> Ops:
+    """The ops of an engine whose network runs elsewhere: guidance alone stays PyTorch's."""
+    ops = bind("reference")
+    rows = [
+        row if row.op == "guided_step" else Choice(row.op, backend, reason) for row in ops.table
+    ]
+    return replace(ops, table=tuple(rows))
+
+
+def exported_dtype(
+    artefacts: Mapping[str, Artefact], asked: str | torch.dtype, folder: Path
+) -> torch.dtype:
+    """The precision of the graphs. Raises BackendError when another was asked for."""
+    precision = next(iter(artefacts.values())).precision
+    if str(asked).removeprefix("torch.") not in ("auto", precision):
+        raise BackendError(
+            f"{folder} was exported in {precision}, asked for {asked}: leave dtype out, or export "
+            f"with --precision {str(asked).removeprefix('torch.')}"
+        )
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
+def most_pairs(artefacts: Mapping[str, Artefact], asked: int | None, device: torch.device) -> int:
+    """max_batch of an engine. Raises BackendError when more than exported for is asked."""
+    limit = min(a.max_batch for name, a in artefacts.items() if name.startswith("denoiser"))
+    if asked is not None and asked > limit:
+        raise BackendError(
+            f"max_batch {asked} is above the {limit} of the export: pass less, or export with "
+            f"--max-batch {asked}"
+        )
+    return asked or min(limit, 32 if device.type == "cuda" else 4)
+
+
+@torch.inference_mode()
+def from_pretrained(
+    base: str | Path,
+    exported: str | Path | None,
+    backend: str,
+    adapter: str | Path | None,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    max_batch: int | None,
+    allow_pickle: bool,
+    revision: str | None,
+    local_files_only: bool,
+) -> Engine:
+    """An engine whose denoiser is an exported one; text encoder and VAE stay the base model's.
+
+    exported: a folder by `dualdiff export onnx`. adapter: any that fits, folded at load; by default
+    those that were exported.
+    Raises what `Engine.from_pretrained` raises.
+    """
+    if Path(base, MANIFEST).is_file():
+        if exported is not None:
+            raise BackendError(f"{base} is a bundle: leave exported out")
+        named = None if adapter is None else str(adapter)
+        chosen = "auto" if backend == "auto" else backend
+        return from_bundle(base, named, device, chosen, max_batch, False)
+    if exported is None:
+        raise BackendError(
+            f"backend {backend!r} runs an exported denoiser: make it with `dualdiff export onnx` "
+            "and pass exported=FOLDER"
+        )
+    folder, target = Path(exported), request.device_of(device)
+    onnxruntime()
+    provider, _ = provider_of(target)
+    artefacts = read_artefacts(folder)
+    precision = exported_dtype(artefacts, dtype, folder)
+    most = most_pairs(artefacts, request.max_batch_of(max_batch), target)
+    loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
+    model = BaseModel(base, revision=revision, local_files_only=local_files_only)
+    told = next(iter(artefacts.values())).base
+    if model.sha256 != told["sha256"]:
+        raise BackendError(
+            f"{folder} was exported from another base model ({told['source']}, sha256 "
+            f"{told['sha256'][:12]}…) than {base} ({model.sha256[:12]}…): use that one, or export "
+            "again"
+        )
+    ops = ops_table(f"{provider}, {folder}", backend)
+    unet = OnnxDenoiser(model.unet_config, ops, artefacts, folder, target)
+    engine = Engine(model, ops, target, precision, most, unet=unet)
+    if loaded is not None:
+        engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
+    else:
+        keep_all(engine, folder, artefacts)
+    return engine
+
+
+def keep_all(
+    engine: Engine, folder: Path, artefacts: Mapping[str, Artefact], first: str | None = None
+) -> None:
+    """Every adapter that lies beside the graphs; `first`, or what they were traced with, active."""
+    found = read_adapters(folder, artefacts)
+    first = first or next(iter(artefacts.values())).adapter["name"]
+    if first not in found:
+        raise BackendError(f"{folder} holds no adapter {first!r}; it holds {', '.join(found)}")
+    for name in sorted(found, key=lambda name: name == first):
+        engine.keep_folded(name, found[name])
+
+
+@torch.inference_mode()
+def from_bundle(
+    path: str | Path,
+    adapter: str | None,
+    device: str | torch.device,
+    backend: str,
+    max_batch: int | None,
+    trust: bool,
+) -> Engine:
+    """An engine around a bundle alone; see `Engine.from_bundle`."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, hashes=False)
+    onnxruntime()
+    target, why = choose_device(device)
+    artefacts = read_artefacts(folder)
+    most = most_pairs(artefacts, request.max_batch_of(max_batch), target)
+    if backend not in ("auto", "onnxruntime"):
+        raise BackendError(f"a bundle runs on backend onnxruntime, not {backend!r}")
+    provider, _ = provider_of(target)
+    ops = ops_table(f"{provider}: {why}", "onnxruntime")
+    base = BundledBase(folder, artefacts)
+    text = artefacts["text_encoder"]
+    engine = Engine(
+        base,
+        ops,
+        target,
+        exported_dtype(artefacts, "auto", folder),
+        most,
+        unet=OnnxDenoiser(base.unet_config, ops, artefacts, folder, target),
+        text_encoder=BundledText(base.load_tokenizer(), folder / "text_encoder.onnx", text, target),
+        vae=BundledVae(folder, artefacts, target),
+    )
+    keep_all(engine, folder, artefacts, adapter or manifest["first"])
+    logger.info("%s runs by ONNX Runtime's %s: %s", folder, provider, why)
+    return engine
+
+
+def choose_device(asked: str | torch.device) -> tuple[torch.device, str]:
+    """Where a bundle runs, and why there. Raises SettingsError, BackendError."""
+    if str(asked) != "auto":
+        device = request.device_of(asked)
+        provider_of(device)
+        return device, "as asked"
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "there is no GPU that PyTorch sees"
+    offered = onnxruntime().get_available_providers()
+    if "CUDAExecutionProvider" not in offered:
+        raise BackendError(
+            "there is a GPU, but this ONNX Runtime cannot use it: install "
+            "'dualdiff-engine[ort-gpu]' in place of onnxruntime, or pass device='cpu'"
+        )
+    return torch.device("cuda"), "a GPU, and ONNX Runtime with CUDA"

@@ -1,0 +1,192 @@
+"""One folder that runs anywhere: graphs, adapters, tokenizer, scheduler, manifest of hashes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dualdiff_engine
+from dualdiff_engine.engine import Engine
+from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.export import artefact, onnx_export
+from dualdiff_engine.export.artefact import ADAPTERS, read_artefacts
+from dualdiff_engine.export.folded import read_adapters
+from dualdiff_engine.export.onnx_export import Exporter, Options
+from dualdiff_engine.export.validate import REPORT, sha256
+
+MANIFEST = artefact.MANIFEST
+FORMAT = 1
+# built later, for one machine, and never trusted because of where they lie
+ENGINES = "engines"
+# what a tokenizer, scheduler or network is configured by
+_CONFIGS = ("tokenizer/*", "scheduler/*.json", "unet/config.json", "vae/config.json")
+Say = Callable[[str], None]
+
+
+def write_bundle(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    allow_pickle: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Fold adapters into one base model's graphs and write it all; returns the manifest.
+
+    The first adapter is the one a bundle starts with. Raises what `export_onnx` raises.
+    """
+    if not adapters:
+        raise SettingsError("a bundle needs at least one adapter")
+    with onnx_export.new_folder(Path(out)) as folder:
+        with Engine.from_pretrained(
+            base, adapter=adapters[0], dtype="float32", device="cpu", allow_pickle=allow_pickle
+        ) as engine:
+            first = engine.active_adapter
+            assert first is not None
+            for adapter in adapters[1:]:
+                engine.load_adapter(adapter, allow_pickle=allow_pickle)
+            engine.set_adapter(first)
+            onnx_export.write_folder(engine, folder, options or Options(), say)
+            _copy_configs(engine.base.folder, folder)
+        return write_manifest(folder, first)
+
+
+def _copy_configs(base: Path, folder: Path) -> None:
+    for pattern in _CONFIGS:
+        for source in base.glob(pattern):
+            if source.suffix in (".json", ".txt", ".model"):
+                target = folder / source.relative_to(base)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
+
+
+def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
+    """(Re)write the manifest from what lies in the folder."""
+    path = folder / MANIFEST
+    if first is None:
+        first = read_manifest(folder)["first"]
+    graphs = read_artefacts(folder)
+    one = next(iter(graphs.values()))
+    adapters = read_adapters(folder, graphs)
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != path and ENGINES not in file.relative_to(folder).parts
+    }
+    manifest = {
+        "format": FORMAT,
+        "version": dualdiff_engine.__version__,
+        "base": dict(one.base),
+        "first": first,
+        "adapters": {
+            name: {key: adapter.summary[key] for key in ("sha256", "background", "rank")}
+            for name, adapter in adapters.items()
+        },
+        "precision": one.precision,
+        "opset": one.opset,
+        "latent_size": [one.height, one.width],
+        "dynamic_size": one.dynamic_size,
+        "max_batch": one.max_batch,
+        "files": files,
+    }
+    path.write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises BackendError when there is none, or it is of another release."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise BackendError(
+                f"{path} has format {manifest['format']}, this release reads {FORMAT}: write the "
+                "bundle again"
+            )
+        for name, about in manifest["files"].items():
+            if not isinstance(about["bytes"], int) or not isinstance(about["sha256"], str):
+                raise TypeError(name)
+        if not {"first", "adapters", "base"} <= manifest.keys():
+            raise KeyError("first, adapters or base")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackendError(
+            f"{folder} is no sound bundle ({error!r}): write it with `dualdiff export bundle`"
+        ) from error
+    return dict(manifest)
+
+
+def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> int:
+    """That every file is there as written: by its size, or by its hash. Returns how many.
+
+    Raises BackendError naming the first that is not.
+    """
+    for name, about in manifest["files"].items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+            raise BackendError(
+                f"{folder}/{MANIFEST} names {name!r}, outside it: distrust the bundle"
+            )
+        if not path.is_file():
+            raise BackendError(f"{folder} lacks {name}: copy the whole bundle again")
+        changed = path.stat().st_size != about["bytes"]
+        if changed or (hashes and sha256(path) != about["sha256"]):
+            raise BackendError(
+                f"{path} is not what the bundle was written with: copy the bundle again"
+            )
+    return len(manifest["files"])
+
+
+def add_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    allow_pickle: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Fold an adapter for an export or bundle that is there, validate it, and let it join.
+
+    Graphs that its kind needs and that are not there yet are traced. Returns its part of the
+    report. When it misses its tolerance, the folder is left as it was.
+    Raises BackendError, AdapterError, SettingsError.
+    """
+    folder = Path(folder)
+    graphs = read_artefacts(folder)
+    one = next(iter(graphs.values()))
+    with Engine.from_pretrained(base, dtype="float32", device="cpu") as engine:
+        if engine.base.sha256 != one.base["sha256"]:
+            raise BackendError(
+                f"{folder} was exported from another base model ({one.base['source']}, sha256 "
+                f"{one.base['sha256'][:12]}…): pass that one"
+            )
+        name = engine.load_adapter(adapter, name, allow_pickle=allow_pickle)
+        scale = engine.pixels_per_latent
+        options = Options(
+            one.precision, one.opset, one.height * scale, one.width * scale, one.dynamic_size,
+            one.max_batch,
+        )  # fmt: skip
+        exporter = Exporter(engine, folder, options, say)
+        if (folder / ADAPTERS / f"{exporter.name}.safetensors").exists():
+            raise SettingsError(f"{folder} holds an adapter {exporter.name!r}: pass another name")
+        report = _or_nothing(folder, exporter)
+    if (folder / MANIFEST).exists():
+        write_manifest(folder)
+    return report
+
+
+def _or_nothing(folder: Path, exporter: Exporter) -> dict[str, Any]:
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    report = (folder / REPORT).read_bytes()
+    try:
+        return exporter.add_adapter()
+    except BaseException:
+        for path in folder.rglob("*"):
+            if path.is_file() and path not in before:
+                path.unlink()
+        (folder / REPORT).write_bytes(report)
+        raise

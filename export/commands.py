@@ -1,0 +1,206 @@
+"""`dualdiff export …` and `dualdiff verify`. Slow imports happen when a command runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dualdiff_engine.errors import BackendError, SettingsError
+
+if TYPE_CHECKING:
+    from dualdiff_engine.export.onnx_export import Options
+
+export = typer.Typer(help="Artefacts that run without Python: ONNX, TensorRT, bundles.")
+
+Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
+Adapter = Annotated[Path, typer.Option(help="Adapter file, its folder, or checkpoint-N.")]
+Adapters = Annotated[list[Path], typer.Option("--adapter", help="Again for each further adapter.")]
+Out = Annotated[Path, typer.Option(help="A new folder.")]
+Precision = Annotated[
+    Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the denoiser.")
+]
+Opset = Annotated[int, typer.Option(help="18 to 23; 23 keeps attention one operator.")]
+Size = Annotated[str | None, typer.Option(help="Pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
+Dynamic = Annotated[bool, typer.Option("--dynamic-size", help="Let the size vary.")]
+MaxBatch = Annotated[int, typer.Option(min=1, help="Most pairs a runner may pass.")]
+Batches = Annotated[str, typer.Option(help="Batches that the validation runs.")]
+Operator = Annotated[
+    bool, typer.Option("--exchange-operator", help="Keep the exchange one operator of our own.")
+]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .bin that you trust.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the `dualdiff` command."""
+    app.add_typer(export, name="export")
+    app.command()(verify)
+
+
+def _require(*packages: str) -> None:
+    """Refuse before anything slow when a package is missing. Raises BackendError."""
+    import importlib.util
+
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(
+                f"{package} is not installed: pip install 'dualdiff-engine[onnx]' brings what "
+                "exporting needs"
+            )
+
+
+def _say(quiet: bool) -> Any:
+    return (lambda line: None) if quiet else (lambda line: typer.echo(line))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
+        raise SettingsError(f"--batches must be numbers like 1,2,3, got {text!r}")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _options(
+    precision: str, opset: int, size: str | None, dynamic: bool, most: int, batches: str, own: bool
+) -> Options:
+    _require("onnx", "onnxscript", "onnxruntime")
+    from dualdiff_engine.export.onnx_export import Options
+
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size or "0")
+    if match is None:
+        raise SettingsError(f"--size must be 512 or 512x768 (HEIGHTxWIDTH), got {size!r}")
+    height, width = int(match[1]), int(match[2] or match[1])
+    return Options(
+        precision=precision,
+        opset=opset,
+        height=height or None,
+        width=width or None,
+        dynamic_size=dynamic,
+        max_batch=most,
+        batches=_numbers(batches),
+        exchange_operator=own,
+    )
+
+
+@export.command()
+def onnx(
+    base: Base,
+    adapter: Adapter,
+    out: Out,
+    precision: Precision = "float32",
+    opset: Opset = 23,
+    size: Size = None,
+    dynamic_size: Dynamic = False,
+    max_batch: MaxBatch = 64,
+    batches: Batches = "1,2,3",
+    exchange_operator: Operator = False,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write text encoder, denoiser and VAE as ONNX, validated against the engine's own networks."""
+    options = _options(precision, opset, size, dynamic_size, max_batch, batches, exchange_operator)
+    from dualdiff_engine.engine import Engine
+    from dualdiff_engine.export.onnx_export import export_onnx
+
+    say = _say(quiet)
+    with Engine.from_pretrained(
+        base, adapter=adapter, dtype="float32", device="cpu", allow_pickle=allow_pickle
+    ) as engine:
+        report = export_onnx(engine, out, options, say)
+    say(f"{out}:")
+    for line in lines(report):
+        say(line)
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """A report as a table: the worst error of every graph beside its tolerance."""
+    rows = []
+    for graph, about in report["graphs"].items():
+        for adapter, row in about["adapters"].items():
+            worst = max(case["error"] for case in row["cases"])
+            rows.append(
+                f"{graph:<20} {adapter}: error {worst:.1e} (allowed {row['tolerance']:.1e}, "
+                f"{row['tolerance_is']})"
+            )
+    return rows
+
+
+@export.command("adapter")
+def fold_adapter(
+    base: Base,
+    adapter: Adapter,
+    to: Annotated[Path, typer.Option(help="Export or bundle that it joins.")],
+    name: Annotated[str | None, typer.Option(help="By default the adapter's file name.")] = None,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fold another adapter for an export or bundle: the same tensors, other values."""
+    _require("onnx", "onnxruntime")
+    from dualdiff_engine.export.bundle import add_adapter
+
+    say = _say(quiet)
+    report = add_adapter(base, adapter, to, name=name, allow_pickle=allow_pickle, say=say)
+    for line in lines(report):
+        say(line)
+
+
+@export.command()
+def bundle(
+    base: Base,
+    adapter: Adapters,
+    out: Out,
+    precision: Precision = "float32",
+    opset: Opset = 23,
+    size: Size = None,
+    dynamic_size: Dynamic = False,
+    max_batch: MaxBatch = 64,
+    batches: Batches = "1,2,3",
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one folder that `Engine.from_bundle` runs: ONNX, adapters, tokenizer, scheduler."""
+    options = _options(precision, opset, size, dynamic_size, max_batch, batches, False)
+    from dualdiff_engine.export.bundle import write_bundle
+
+    say = _say(quiet)
+    manifest = write_bundle(base, adapter, out, options, allow_pickle=allow_pickle, say=say)
+    say(f"{out}: {len(manifest['files'])} files, adapters {', '.join(manifest['adapters'])}")
+
+
+@export.command("triton-server")
+def triton_server(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    out: Annotated[Path, typer.Option(help="A new model repository.")],
+    name: Annotated[str, typer.Option(help="Of the model.")] = "dualdiff",
+    device: Annotated[Literal["cpu", "gpu"], typer.Option(help="Of its instances.")] = "gpu",
+    instances: Annotated[int, typer.Option(min=1, help="Per device.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests joined at most.")] = 8,
+    delay_us: Annotated[int, typer.Option(min=0, help="How long requests wait to be joined.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model repository for NVIDIA's Triton Inference Server around a bundle."""
+    from dualdiff_engine.export.triton_server import Serving, write_repository
+
+    serving = Serving(name, device, instances, max_batch, delay_us)
+    write_repository(bundle, out, serving)
+    _say(quiet)(f"tritonserver --model-repository {out}")
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")], as_json: Json = False
+) -> None:
+    """Check a bundle's hashes, and that its graphs still compute what they did when written."""
+    _require("onnx", "onnxruntime")
+    from dualdiff_engine.export.verify import verify_bundle
+
+    report = verify_bundle(bundle)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    typer.echo(f"{bundle}: {report['files']} files as written")
+    for name, row in report["parity"].items():
+        typer.echo(f"{name}: error {row['error']:.1e} (allowed {row['tolerance']:.1e})")

@@ -1,0 +1,172 @@
+"""An exported denoiser as the engine takes one: DualUNet's calls, other people's runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dualdiff_engine.errors import AdapterError, BackendError
+from dualdiff_engine.export.artefact import Artefact
+from dualdiff_engine.export.folded import in_precision, stored
+from dualdiff_engine.export.runtime import Session
+from dualdiff_engine.model.config import UNetConfig
+from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.ops import Ops
+
+PLAIN, WITH_BACKGROUND, ENCODER = "denoiser", "denoiser_background", "background_encoder"
+TEXT = "text_encoder"
+
+
+class Runner(Protocol):
+    """A graph ready to run: its inputs by name -> its outputs."""
+
+    def __call__(self, **inputs: Tensor) -> list[Tensor]: ...
+
+
+class ExportedDenoiser(DualUNet):
+    """DualUNet without values: what it would compute, exported graphs do.
+
+    What the network makes of timesteps and prompts is made inside the graphs, so the time bias of a
+    call is its timestep and the text projections are the context. Runners are built when first
+    needed and dropped when `load` brings another adapter.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        ops: Ops,
+        artefacts: Mapping[str, Artefact],
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, ops, background=True)
+        self.artefacts, self.folder, self.device = artefacts, folder, device
+        self._changed: Mapping[str, Tensor] = {}
+        self._main = PLAIN if PLAIN in artefacts else WITH_BACKGROUND
+        self._runners: dict[str, Runner] = {}
+
+    @property
+    def artefact(self) -> Artefact:
+        """Of the graph in use."""
+        return self.artefacts[self._main]
+
+    def build(self, graph: str, changed: Mapping[str, Tensor]) -> Runner:
+        """A runner of a graph, with other values for these of its initializers."""
+        raise NotImplementedError
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take another adapter: tensors as from `weights.fold_sites`, read when first needed."""
+        trained = any(name.endswith("background_keep") for name in tensors)
+        main = WITH_BACKGROUND if trained else PLAIN
+        if main not in self.artefacts:
+            kind = "with" if trained else "without"
+            raise AdapterError(
+                f"{self.folder} holds no denoiser for adapters {kind} background: export one of "
+                "that kind, and use that folder"
+            )
+        self._main, self._changed = main, tensors
+        self._runners.clear()
+
+    def missing(self) -> list[str]:
+        return []
+
+    def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
+        return [(timestep.float().reshape(1),) for timestep in timesteps]
+
+    def text_projections(self, context: Tensor) -> list[Tensor]:
+        return [context.float()]
+
+    def background_shares(
+        self, latents: Tensor, time_bias: Sequence[Tensor], text: Sequence[Tensor]
+    ) -> list[Tensor]:
+        self._check_size(latents)
+        run = self._runner(ENCODER)
+        return run(latents=latents.float(), timestep=time_bias[0], context=text[0][0])
+
+    def forward(
+        self,
+        latents: Tensor,
+        time_bias: Sequence[Tensor],
+        text: Sequence[Tensor],
+        background: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        self._check_size(latents)
+        self._check_batch(latents.shape[2])
+        if (background is None) == (self._main == WITH_BACKGROUND):
+            raise BackendError(
+                f"{self.folder}/{self._main}.onnx is run with a background exactly when its "
+                "adapter was trained with one"
+            )
+        context, rows = text[0], latents.shape[1]
+        if rows == 1:
+            return self._call(latents[:, 0], time_bias[0], context, background or ())
+        # rows with latents of their own do not meet in the network
+        return torch.cat(
+            [
+                self._call(
+                    latents[:, row],
+                    time_bias[0],
+                    context[:, row : row + 1],
+                    [share[row : row + 1] for share in background or ()],
+                )
+                for row in range(rows)
+            ],
+            dim=1,
+        )
+
+    def _call(
+        self, latents: Tensor, timestep: Tensor, context: Tensor, background: Sequence[Tensor]
+    ) -> Tensor:
+        shares = {f"background_{index}": share for index, share in enumerate(background)}
+        run = self._runner(self._main)
+        (noise,) = run(latents=latents.float(), timestep=timestep, context=context, **shares)
+        return noise
+
+    def _runner(self, graph: str) -> Runner:
+        if graph not in self._runners:
+            self._runners[graph] = self.build(
+                graph, initializers(self._changed, self.artefacts[graph])
+            )
+        return self._runners[graph]
+
+    def _check_size(self, latents: Tensor) -> None:
+        told, size = self.artefact, tuple(latents.shape[-2:])
+        if not told.dynamic_size and size != (told.height, told.width):
+            raise BackendError(
+                f"{self.folder} was exported for latents of {told.height} x {told.width}, asked "
+                f"for {size[0]} x {size[1]}: pass the size it was exported for, or export with "
+                "--dynamic-size"
+            )
+
+    def _check_batch(self, batch: int) -> None:
+        if batch > self.artefact.max_batch:
+            raise BackendError(
+                f"a batch of {batch} is above the {self.artefact.max_batch} that {self.folder} was "
+                "exported for: pass a smaller batch, or export with a larger --max-batch"
+            )
+
+
+def initializers(adapter: Mapping[str, Tensor], artefact: Artefact) -> dict[str, Tensor]:
+    """A folded adapter's tensors in the precision and layout of a graph's initializers."""
+    dtype, turned = getattr(torch, artefact.precision), set(artefact.transposed)
+    changed = {}
+    for name in artefact.adapter_weights:
+        tensor = adapter[name]
+        if artefact.graph != TEXT:
+            tensor = in_precision(name, tensor, dtype)
+        if artefact.graph == ENCODER and tensor.dim() == 3:
+            # the background pass runs the first branch alone
+            tensor = tensor[:1]
+        changed[name] = stored(tensor, name in turned)
+    return changed
+
+
+class OnnxDenoiser(ExportedDenoiser):
+    """By ONNX Runtime. Another adapter is another session over the same files."""
+
+    def build(self, graph: str, changed: Mapping[str, Tensor]) -> Runner:
+        return Session(self.folder / f"{graph}.onnx", self.device, changed)

@@ -1,0 +1,147 @@
+"""Folded adapters as files: the tensors that graphs take from an adapter, under stable names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.engine import Engine
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export import weight_files
+from dualdiff_engine.export.artefact import ADAPTERS, Artefact
+from dualdiff_engine.text import TextEncoder
+from dualdiff_engine.weights import Resident
+
+PROBE = ".probe.safetensors"
+
+
+def stored(tensor: Tensor, turned: bool) -> Tensor:
+    """A tensor in the layout of a graph's initializer, or back."""
+    return tensor.transpose(-1, -2) if turned else tensor
+
+
+def in_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A folded tensor as the graphs read it: the gate's bias is added to fp32 scores."""
+    rounded = tensor.to(dtype)
+    return rounded.float() if name.endswith("gate_bias") else rounded
+
+
+def text_names(encoder: TextEncoder) -> set[str]:
+    """The text encoder's weights that an adapter may change, whether a given one does or not."""
+    parts = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return {
+        f"{encoder.own_name(layer)}.{part}.weight" for layer in encoder.layers for part in parts
+    }
+
+
+def base_record(base: BaseModel) -> dict[str, str]:
+    """Which base model; of a folder its name alone, for files that travel."""
+    source = Path(base.source).name if Path(base.source).is_dir() else base.source
+    return {"source": source, "sha256": base.sha256}
+
+
+def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) -> None:
+    """Write the engine's active adapter as the initializers of `graphs`, all of its tensors."""
+    adapter, encoder = engine.active, engine.text_encoder
+    turned = {name for artefact in graphs.values() for name in artefact.transposed}
+    precision = next(iter(graphs.values())).precision
+    base = dict(encoder.encoder.named_parameters())
+    text = sorted(text_names(encoder))
+    tensors = {
+        name: stored(in_precision(name, tensor, getattr(torch, precision)), name in turned)
+        for name, tensor in adapter.sites.items()
+    }
+    for name in text:
+        tensors[name] = stored(adapter.text.get(name, base[name]).float(), name in turned)
+    summary = {**adapter.summary, "file": Path(str(adapter.summary["file"])).name}
+    told = {
+        "name": engine.active_adapter,
+        "summary": summary,
+        "base": base_record(engine.base),
+        "precision": precision,
+        "text": text,
+        "transposed": sorted(turned & tensors.keys()),
+    }
+    weight_files.write(path, tensors, told)
+
+
+class FoldedTensors(Mapping[str, Tensor]):
+    """Tensors of an adapter file as the engine folds them, each read when asked for."""
+
+    def __init__(self, path: Path, names: list[str], turned: set[str]) -> None:
+        self.path, self._names, self._turned = path, dict.fromkeys(names), turned
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            return stored(file.get_tensor(name), name in self._turned)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_adapters(folder: Path, graphs: Mapping[str, Artefact]) -> dict[str, Resident]:
+    """Every adapter of an export or bundle by name, checked against its graphs."""
+    found = {}
+    for path in sorted((folder / ADAPTERS).glob("*.safetensors")):
+        if not path.name.endswith(PROBE):
+            name, adapter = read_adapter(path, graphs)
+            found[name] = adapter
+    return found
+
+
+def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resident]:
+    """(name, folded adapter) of a file that `dualdiff export` wrote, checked against the graphs.
+
+    Raises BackendError when it was folded for another base model or precision, or lacks tensors.
+    """
+    told, places = weight_files.read_metadata(path), weight_files.places(path)
+    one = next(iter(graphs.values()))
+    try:
+        name, summary, text = str(told["name"]), dict(told["summary"]), set(told["text"])
+        turned = set(told["transposed"])
+        claims = {
+            "base model": (str(told["base"]["sha256"]), one.base["sha256"]),
+            "precision": (str(told["precision"]), one.precision),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackendError(
+            f"{path} is no folded adapter ({error}): write it with `dualdiff export adapter`"
+        ) from error
+    for what, (have, want) in claims.items():
+        if have != want:
+            raise BackendError(
+                f"{path} was folded for another {what} ({have[:12]}) than the graphs beside it "
+                f"({want[:12]}): fold the adapter for this one with `dualdiff export adapter`"
+            )
+    _check_complete(path, bool(summary.get("background")), set(places), graphs)
+    sites = FoldedTensors(path, [n for n in places if n not in text], turned)
+    return name, Resident(summary, sites, FoldedTensors(path, sorted(text), turned))
+
+
+def _check_complete(
+    path: Path, background: bool, names: set[str], graphs: Mapping[str, Any]
+) -> None:
+    needed = ["text_encoder", "denoiser_background" if background else "denoiser"]
+    if background:
+        needed.append("background_encoder")
+    for graph in needed:
+        if graph not in graphs:
+            raise BackendError(
+                f"{path.parent.parent} lacks {graph}.onnx, which the adapter {path.stem} needs: "
+                "export that adapter again"
+            )
+        if lacking := sorted(set(graphs[graph].adapter_weights) - names):
+            raise BackendError(
+                f"{path} lacks {lacking[0]}: write it again with `dualdiff export adapter`"
+            )

@@ -1,0 +1,285 @@
+"""Engine -> a folder of validated ONNX graphs, the base's weights, and folded adapters.
+
+denoiser.onnx, denoiser_background.onnx, background_encoder.onnx    as its adapters need them
+text_encoder.onnx, vae_decoder.onnx, vae_encoder.onnx
+network.safetensors, text_encoder.safetensors, vae_….safetensors    the base model's weights
+adapters/NAME.safetensors    what an adapter changes: the same tensors in each
+adapters/NAME.probe.safetensors    inputs, and what the engine's own network made of them
+report.json    how far every graph is from the engine's own network
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from torch import Tensor
+
+from dualdiff_engine import recipe
+from dualdiff_engine.engine import Engine
+from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.export import exchange, folded, graphs, validate, weight_files
+from dualdiff_engine.export.artefact import ADAPTERS, LAYOUTS, Artefact, read_artefacts
+from dualdiff_engine.export.folded import stored
+from dualdiff_engine.export.graphs import Graph, Size
+from dualdiff_engine.export.trace import Traced, check_opset, trace
+from dualdiff_engine.export.weight_files import Place
+
+PRECISIONS = ("float32", "float16", "bfloat16")
+NETWORK = "network.safetensors"
+Say = Callable[[str], None]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    precision: of the denoiser and the background encoder; text encoder and VAE stay in float32,
+    where half precision overflows. opset: 23 keeps attention one operator. height, width: pixels,
+    by default the base's; dynamic_size: these are an example. max_batch: most pairs a runner may
+    pass. batches: what the validation runs. exchange_operator: see `export.exchange`.
+    """
+
+    precision: str = "float32"
+    opset: int = 23
+    height: int | None = None
+    width: int | None = None
+    dynamic_size: bool = False
+    max_batch: int = 64
+    batches: tuple[int, ...] = (1, 2, 3)
+    exchange_operator: bool = False
+
+    def __post_init__(self) -> None:
+        check_opset(self.opset)
+        if self.precision not in PRECISIONS:
+            raise SettingsError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
+        if not 1 <= self.max_batch <= 4096:
+            raise SettingsError(f"max_batch must be from 1 to 4096, got {self.max_batch!r}")
+        if not self.batches or not all(1 <= b <= self.max_batch for b in self.batches):
+            raise SettingsError(
+                f"batches to validate must be from 1 to {self.max_batch}, got {self.batches!r}"
+            )
+
+
+def export_onnx(
+    engine: Engine, out: str | Path, options: Options | None = None, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """Export an engine's networks with every resident adapter; returns the report.
+
+    engine: in float32 on the CPU. out: a folder to make. Every graph is run by ONNX Runtime against
+    the engine's own network; if one misses its tolerance, nothing is kept.
+    Raises SettingsError, BackendError.
+    """
+    with new_folder(Path(out)) as folder:
+        return write_folder(engine, folder, options or Options(), say)
+
+
+def write_folder(engine: Engine, folder: Path, options: Options, say: Say) -> dict[str, Any]:
+    """`export_onnx` into a folder that is there. The engine's active adapter comes first."""
+    if engine.dtype != torch.float32 or engine.device.type != "cpu":
+        raise SettingsError("export needs an engine in float32 on the CPU: what it validates by")
+    active = engine.active_adapter
+    names = sorted(engine.adapters, key=lambda name: name != active)
+    report: dict[str, Any] = {}
+    try:
+        for name in names:
+            engine.set_adapter(name)
+            report = Exporter(engine, folder, options, say).add_adapter()
+    finally:
+        if active is not None:
+            engine.set_adapter(active)
+    return report
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that takes the name `out` once all went well. Raises SettingsError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"{out} exists and is not empty: choose a new folder")
+    if not out.parent.is_dir():
+        raise SettingsError(f"no folder {str(out.parent)!r} to write {out.name} to: make it")
+    working = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield working
+        working.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        working.rename(out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def file_name(adapter: str) -> str:
+    """An adapter's name as one that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", adapter).strip(".-")[:100] or "adapter"
+
+
+class Exporter:
+    """Adds the engine's active adapter to a folder, and the graphs that it needs."""
+
+    def __init__(self, engine: Engine, folder: Path, options: Options, say: Say) -> None:
+        self.engine, self.folder, self.options, self.say = engine, folder, options, say
+        self.name = file_name(engine.active_adapter or "")
+        self.background = bool(engine.active.summary["background"])
+        self.dtype: torch.dtype = getattr(torch, options.precision)
+        self.size = self._size()
+
+    def _size(self) -> Size:
+        engine, options = self.engine, self.options
+        step = engine.pixels_per_latent
+        side = engine.base.sample_size * step
+        height, width = options.height or side, options.width or side
+        if height % step or width % step:
+            raise SettingsError(f"height and width must be multiples of {step} for this VAE")
+        return Size(height // step, width // step, options.dynamic_size)
+
+    def add_adapter(self) -> dict[str, Any]:
+        """Trace what is not there yet, write, validate; returns the report.
+
+        Raises BackendError when a graph misses its tolerance.
+        """
+        (self.folder / ADAPTERS).mkdir(exist_ok=True)
+        there = {path.stem for path in self.folder.glob("*.onnx")}
+        makers = {name: make for name, make in self._makers().items() if name not in there}
+        traced = {}
+        for name, make in makers.items():
+            self.say(f"tracing {name}")
+            graph = make()
+            traced[name] = graph, trace(graph, self.options.opset)
+        if traced:
+            self._write_base(traced)
+        file = f"{ADAPTERS}/{self.name}.safetensors"
+        known = {name: self._about(graph, t) for name, (graph, t) in traced.items()}
+        if there:
+            known |= read_artefacts(self.folder)
+        folded.write_adapter(self.engine, self.folder / file, known)
+        for graph, translated in traced.values():
+            self._write_graph(graph, translated, known[graph.name])
+        del traced
+        return validate.validate(
+            self.engine, self.folder, self.name, self.options.batches, set(makers), self.say
+        )
+
+    def _makers(self) -> dict[str, Callable[[], Graph]]:
+        """What this adapter needs."""
+        engine, size, background = self.engine, self.size, self.background
+        text, vae, scale = engine.text_encoder, engine.vae, engine.pixels_per_latent
+
+        def network(branches: int) -> Any:
+            own = exchange.as_operator if self.options.exchange_operator else None
+            return graphs.empty_network(
+                engine.base.unet_config, self.dtype, background, branches, own
+            )
+
+        makers: dict[str, Callable[[], Graph]] = {
+            "denoiser_background" if background else "denoiser": lambda: graphs.denoiser_graph(
+                network(2), size, background=background
+            ),
+            "text_encoder": lambda: graphs.text_graph(
+                text.encoder, text.tokenizer.model_max_length
+            ),
+            "vae_decoder": lambda: graphs.decoder_graph(vae, size),
+        }
+        if background:
+            makers["background_encoder"] = lambda: graphs.background_graph(network(1), size)
+            makers["vae_encoder"] = lambda: graphs.encoder_graph(vae, size, scale)
+        return makers
+
+    def _write_base(self, traced: Mapping[str, tuple[Graph, Traced]]) -> None:
+        """The weights that no adapter changes, a file per part of the base model."""
+        self.say("writing weights")
+        files: dict[str, dict[str, Tensor]] = {}
+        for graph, translated in traced.values():
+            for name, turned in translated.weights.items():
+                file = self._base_file(graph.name, name)
+                if file is not None and not (self.folder / file).exists():
+                    tensor = stored(self._base_tensor(graph.name, name), turned)
+                    # what two graphs read is stored as the first reads it
+                    files.setdefault(file, {}).setdefault(name, tensor)
+        for file, tensors in files.items():
+            base = self.engine.base
+            weight_files.write(self.folder / file, tensors, {"base": folded.base_record(base)})
+
+    def _base_file(self, graph: str, name: str) -> str | None:
+        """Where a weight of the base lies; None for what belongs to adapters."""
+        if graph == "text_encoder":
+            encoder = self.engine.text_encoder
+            changed = folded.text_names(encoder)
+            return None if name in changed else f"{graph}.safetensors"
+        if graph.startswith("vae"):
+            return f"{graph}.safetensors"
+        return None if name in self.engine.active.sites else NETWORK
+
+    def _base_tensor(self, graph: str, name: str) -> Tensor:
+        if graph == "text_encoder":
+            parameter: Tensor = self.engine.text_encoder.encoder.get_parameter(name)
+            return parameter.float()
+        if graph.startswith("vae"):
+            weight: Tensor = self.engine.vae.get_parameter(name)
+            return weight.float()
+        return self.engine.unet.get_parameter(name).to(self.dtype)
+
+    def _write_graph(self, graph: Graph, traced: Traced, about: Artefact) -> None:
+        """Turn the weights back into initializers, with their values in the files."""
+        model, places = traced.model, self._places()
+        for value in [v for v in model.graph.inputs if v.name in traced.weights]:
+            name, shape, dtype = value.name or "", value.shape, value.dtype
+            assert shape is not None
+            assert dtype is not None
+            file = self._base_file(graph.name, name) or f"{ADAPTERS}/{self.name}.safetensors"
+            length = math.prod(shape.numpy()) * int(dtype.itemsize)
+            model.graph.inputs.remove(value)
+            # the first branch's part of a tensor of both lies at its beginning
+            value.const_value = ir.ExternalTensor(
+                file, places[file][name].offset, length, dtype,
+                shape=shape, name=name, base_dir=self.folder,
+            )  # fmt: skip
+            model.graph.register_initializer(value)
+        # torch leaves the call stack of the exporting machine on every node
+        common.ClearMetadataAndDocStringPass()(model)
+        about.write_into(model)
+        proto = exchange.with_body(ir.to_proto(model))
+        path = self.folder / f"{graph.name}.onnx"
+        onnx.save(proto, path)
+        onnx.checker.check_model(str(path), full_check=True)
+
+    def _places(self) -> dict[str, dict[str, Place]]:
+        files = self.folder.rglob("*.safetensors")
+        return {
+            path.relative_to(self.folder).as_posix(): weight_files.places(path) for path in files
+        }
+
+    def _about(self, graph: Graph, traced: Traced) -> Artefact:
+        engine, options, size = self.engine, self.options, self.size
+        base, summary = engine.base, engine.active.summary
+        return Artefact(
+            graph=graph.name,
+            precision=options.precision,
+            opset=options.opset,
+            max_batch=options.max_batch,
+            height=size.height,
+            width=size.width,
+            dynamic_size=size.dynamic,
+            base=folded.base_record(base),
+            adapter={"name": engine.active_adapter, "sha256": summary["sha256"]},
+            layout=LAYOUTS[graph.name],
+            scheduler=dict(base.scheduler.config),
+            scaling_factor=float(engine.vae.config.scaling_factor),
+            versions={**recipe.versions(), "onnx": onnx.__version__},
+            transposed=[name for name, turned in traced.weights.items() if turned],
+            adapter_weights=[n for n in traced.weights if self._base_file(graph.name, n) is None],
+        )

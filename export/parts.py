@@ -1,0 +1,122 @@
+"""The parts of an engine that a bundle brings in place of the base model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualdiff_engine.adapters import LowRank
+from dualdiff_engine.base_model import BaseModel, read_json
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export.artefact import Artefact
+from dualdiff_engine.export.denoiser import initializers
+from dualdiff_engine.export.runtime import Session
+from dualdiff_engine.model.config import UNetConfig
+from dualdiff_engine.text import TextEncoder
+
+_FOLDED = (
+    "a bundle holds no base weights to fold an adapter into: add it to the bundle with "
+    "`dualdiff export adapter`"
+)
+
+
+class NoWeights(Mapping[str, Tensor]):
+    """The base's tensors, which a bundle does not hold."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise BackendError(_FOLDED)
+
+    def __iter__(self) -> Iterator[str]:
+        raise BackendError(_FOLDED)
+
+    def __len__(self) -> int:
+        return 0
+
+
+class BundledBase(BaseModel):
+    """What an engine asks of a base model, from a bundle."""
+
+    def __init__(self, folder: Path, graphs: Mapping[str, Artefact]) -> None:
+        one = next(iter(graphs.values()))
+        self.source, self.folder = one.base["source"], folder
+        self.unet_config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+        # of a size that is fixed, the engine's default must be that one
+        self.sample_size = max(one.height, one.width)
+        self.unet = NoWeights()
+        self._sha256 = one.base["sha256"]
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256
+
+    def load_tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        try:
+            return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        except (OSError, ValueError, KeyError) as error:
+            raise BackendError(f"{self.folder}/tokenizer cannot be read: {error}") from error
+
+
+class BundledText(TextEncoder):
+    """The exported text encoder, with an adapter's weights in it."""
+
+    def __init__(self, tokenizer: Any, path: Path, about: Artefact, device: torch.device) -> None:
+        self.tokenizer = tokenizer
+        self._path, self._about, self._device = path, about, device
+        self._built: tuple[Mapping[str, Tensor], Session] | None = None
+
+    @property
+    def layers(self) -> dict[str, int]:
+        raise BackendError(_FOLDED)
+
+    def fold(self, lora: Mapping[str, Mapping[str, LowRank]]) -> dict[str, Tensor]:
+        raise BackendError(_FOLDED)
+
+    def encode(self, prompts: list[str], changed: Mapping[str, Tensor]) -> Tensor:
+        ids = self.tokenize(prompts)
+        if self._built is None or self._built[0] is not changed:
+            values = initializers(changed, self._about)
+            self._built = changed, Session(self._path, self._device, values)
+        (hidden,) = self._built[1](input_ids=ids)
+        return hidden.cpu()
+
+
+class BundledVae:
+    """The exported VAE under the names that diffusers gives its own."""
+
+    dtype = torch.float32
+
+    def __init__(self, folder: Path, graphs: Mapping[str, Artefact], device: torch.device) -> None:
+        config = read_json(folder / "vae" / "config.json")
+        self.config = SimpleNamespace(
+            scaling_factor=graphs["vae_decoder"].scaling_factor,
+            block_out_channels=list(config["block_out_channels"]),
+        )
+        self.device, self._folder, self._graphs = device, folder, graphs
+        self._sessions: dict[str, Session] = {}
+
+    def decode(self, latents: Tensor) -> SimpleNamespace:
+        (sample,) = self._session("vae_decoder")(latent_sample=latents.float())
+        return SimpleNamespace(sample=sample)
+
+    def encode(self, picture: Tensor) -> SimpleNamespace:
+        (mean,) = self._session("vae_encoder")(sample=picture.float())
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean))
+
+    def to(self, *_: object) -> BundledVae:
+        """What an engine calls to drop weights."""
+        self._sessions.clear()
+        return self
+
+    def _session(self, graph: str) -> Session:
+        if graph not in self._graphs:
+            raise BackendError(f"{self._folder} holds no {graph}.onnx: write the bundle again")
+        if graph not in self._sessions:
+            self._sessions[graph] = Session(self._folder / f"{graph}.onnx", self.device)
+        return self._sessions[graph]

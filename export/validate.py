@@ -1,0 +1,276 @@
+"""Exported graphs against the eager network, on random inputs, by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualdiff_engine.engine import Engine
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export import probe
+from dualdiff_engine.export.artefact import ADAPTERS, Artefact
+from dualdiff_engine.export.denoiser import initializers
+from dualdiff_engine.export.folded import PROBE, read_adapter
+from dualdiff_engine.export.graphs import TEXT_TOKENS
+from dualdiff_engine.export.runtime import Session, onnxruntime
+from dualdiff_engine.export.widen import widened
+from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.ops import bind
+
+REPORT = "report.json"
+# relative L2 error in fp32: the rounding of some sixty layers, by two orders of summation
+FP32 = 5e-6
+# of decoded pictures and latents: a hundredth of what half an 8-bit level is
+PICTURE = 2e-5
+CPU = torch.device("cpu")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a graph, what the engine's own network makes of them, and what they are."""
+
+    about: dict[str, int]
+    inputs: dict[str, Tensor]
+    expected: list[Tensor]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error, computed in fp64; infinite where the result is not finite."""
+    actual, expected = actual.double(), expected.double()
+    error = float((actual - expected).norm() / expected.norm())
+    return error if torch.isfinite(actual).all() else float("inf")
+
+
+@torch.inference_mode()
+def validate(
+    engine: Engine, folder: Path, file: str, batches: Sequence[int], fresh: set[str], say: Say
+) -> dict[str, Any]:
+    """Run the graphs that the engine's active adapter uses against the engine; returns the report.
+
+    file: the adapter's stem in the folder. fresh: graphs that were traced with this adapter; others
+    get its tensors in place of their own. Report and probe are written beside the graphs.
+    Raises BackendError when a graph misses its tolerance.
+    """
+    report = read_report(folder)
+    report["runtime"] = f"onnxruntime {onnxruntime().__version__}, CPU"
+    background = bool(engine.active.summary["background"])
+    other = "denoiser" if background else "denoiser_background"
+    adapter = folder / ADAPTERS / f"{file}.safetensors"
+    read = {path.stem: Artefact.read(path) for path in sorted(folder.glob("*.onnx"))}
+    graphs = {name: artefact for name, (artefact, _) in read.items()}
+    for name, (artefact, model) in read.items():
+        if (name not in fresh and not artefact.adapter_weights) or name == other:
+            continue
+        say(f"validating {name}")
+        path, changed = folder / f"{name}.onnx", {}
+        if name not in fresh:
+            _, folded = read_adapter(adapter, graphs)
+            changed = initializers({**folded.sites, **folded.text}, artefact)
+        row = _validate_graph(engine, path, artefact, batches, changed)
+        about = report.setdefault("graphs", {}).setdefault(artefact.graph, {})
+        kinds = Counter(node.op_type for node in model.graph.node)
+        about |= {"sha256": sha256(path), "nodes": kinds.total(), "attentions": kinds["Attention"]}
+        about.setdefault("adapters", {})[file] = row
+        report["artefact"] = _shared(artefact)
+        worst = max(case["error"] for case in row["cases"])
+        if not worst <= row["tolerance"]:
+            raise BackendError(
+                f"{artefact.graph}: relative error {worst:.1e} against the engine's own network, "
+                f"more than {row['tolerance']:.1e}: the export is not kept; please report this"
+            )
+    probe.write(engine, adapter.with_name(file + PROBE), graphs)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    return report
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shared(artefact: Artefact) -> dict[str, Any]:
+    """What all graphs of an export say alike."""
+    told = asdict(artefact)
+    own = ("graph", "layout", "transposed", "adapter_weights", "adapter")
+    return {name: told[name] for name in told if name not in own}
+
+
+def _validate_graph(
+    engine: Engine,
+    path: Path,
+    artefact: Artefact,
+    batches: Sequence[int],
+    changed: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    session = cpu_session(path, artefact, changed)
+    loaded = time.perf_counter() - start
+    cases, seconds = [], 0.0
+    for case in _cases(engine, engine.unet, artefact, batches):
+        start = time.perf_counter()
+        outputs = session(**case.inputs)
+        seconds += time.perf_counter() - start
+        pairs = list(zip(outputs, case.expected, strict=True))
+        largest = max(float((a.float() - e.float()).abs().max()) for a, e in pairs)
+        error = _error(outputs, case.expected)
+        cases.append({**case.about, "error": error, "largest_difference": largest})
+    tolerance, why = _tolerance(engine, artefact, batches)
+    return {
+        "cases": cases,
+        "tolerance": tolerance,
+        "tolerance_is": why,
+        "load_seconds": round(loaded, 2),
+        "run_seconds": round(seconds, 2),
+    }
+
+
+def cpu_session(path: Path, artefact: Artefact, changed: Mapping[str, Tensor]) -> Session:
+    """A graph on the CPU, which for products in bfloat16 means: widened."""
+    if artefact.precision != "bfloat16" or artefact.graph not in _NETWORK:
+        return Session(path, CPU, changed)
+    with tempfile.TemporaryDirectory(dir=path.parent) as wide:
+        wider = {name: tensor.float() for name, tensor in changed.items()}
+        return Session(widened(path, Path(wide)), CPU, wider)
+
+
+def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(relative(a, e) for a, e in zip(outputs, expected, strict=True))
+
+
+def _cases(
+    engine: Engine, unet: DualUNet, artefact: Artefact, batches: Sequence[int]
+) -> Iterator[Case]:
+    """The same inputs whatever network says what is expected."""
+    if artefact.graph in _NETWORK:
+        return _NETWORK[artefact.graph](unet, artefact, batches)
+    return _OTHERS[artefact.graph](engine, artefact, batches)
+
+
+def _tolerance(engine: Engine, artefact: Artefact, batches: Sequence[int]) -> tuple[float, str]:
+    """How far a graph may be from the engine's network in float32, and why.
+
+    In half precision: as far as eager PyTorch is, on the same inputs. It is run in bfloat16, which
+    CPUs have; float16 keeps three more bits.
+    """
+    if artefact.graph.startswith("vae"):
+        return PICTURE, "fp32 rounding of pictures"
+    if artefact.graph not in _NETWORK or artefact.precision == "float32":
+        return FP32, "fp32 rounding, in two orders of summation"
+    dtype = torch.bfloat16
+    eager = DualUNet(engine.base.unet_config, bind("auto", dtype=dtype), background=True)
+    tensors = {n: t.to(dtype) for n, t in engine.unet.state_dict().items() if not t.is_meta}
+    eager.load(tensors)
+    exact = _cases(engine, engine.unet, artefact, batches)
+    half = _cases(engine, eager, artefact, batches)
+    lost = max(_error(h.expected, e.expected) for h, e in zip(half, exact, strict=True))
+    finer = torch.finfo(getattr(torch, artefact.precision)).eps / torch.finfo(dtype).eps
+    rounding = torch.finfo(getattr(torch, artefact.precision)).eps / 2
+    return lost * finer + rounding, f"what eager PyTorch loses in {artefact.precision}"
+
+
+def _draw(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _sizes(artefact: Artefact) -> list[tuple[int, int]]:
+    """The latent size, and another where any may come."""
+    size = (artefact.height, artefact.width)
+    return [size, (size[0] + 8, size[1] + 16)] if artefact.dynamic_size else [size]
+
+
+def _call(unet: DualUNet, rows: int, draw: torch.Generator) -> dict[str, Any]:
+    """Inputs that both graphs of the network take, and what the network makes of them."""
+    width = unet.config.context_width
+    timestep = torch.randint(0, 1000, (1,), generator=draw).float()
+    context = torch.randn(2, rows, TEXT_TOKENS, width, generator=draw)
+    return {
+        "timestep": timestep,
+        "context": context,
+        "bias": unet.time_bias(timestep)[0],
+        "text": unet.text_projections(context.to(unet.conv_in.weight.dtype)),
+    }
+
+
+def _denoiser_cases(unet: DualUNet, artefact: Artefact, batches: Sequence[int]) -> Iterator[Case]:
+    """Every batch with guidance, the first without."""
+    dtype = getattr(torch, artefact.precision)
+    wanted = [(batch, 2, size) for size in _sizes(artefact) for batch in batches]
+    for seed, (batch, rows, size) in enumerate([*wanted, (batches[0], 1, wanted[0][2])]):
+        draw = _draw(seed)
+        call = _call(unet, rows, draw)
+        latents = torch.randn(2, batch, 4, *size, generator=draw)
+        inputs = {"latents": latents, "timestep": call["timestep"], "context": call["context"]}
+        shares = None
+        if artefact.graph == "denoiser_background":
+            noised = torch.randn(rows, 4, *size, generator=draw)
+            shares = unet.background_shares(noised, call["bias"], call["text"])
+            inputs |= {f"background_{i}": share.to(dtype) for i, share in enumerate(shares)}
+        noise = unet(latents.unsqueeze(1), call["bias"], call["text"], shares)
+        yield Case(_about(size, batch=batch, rows=rows), inputs, [noise])
+
+
+def _background_cases(unet: DualUNet, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+    for seed, (rows, size) in enumerate((r, s) for s in _sizes(artefact) for r in (2, 1)):
+        draw = _draw(seed)
+        call = _call(unet, rows, draw)
+        latents = torch.randn(rows, 4, *size, generator=draw)
+        shares = unet.background_shares(latents, call["bias"], call["text"])
+        inputs = {"latents": latents, "timestep": call["timestep"], "context": call["context"][0]}
+        yield Case(_about(size, rows=rows), inputs, shares)
+
+
+def _text_cases(engine: Engine, _: Artefact, batches: Sequence[int]) -> Iterator[Case]:
+    text = engine.text_encoder
+    shape = (text.tokenizer.model_max_length,)
+    for seed, prompts in enumerate(batches):
+        ids = torch.randint(0, len(text.tokenizer), (prompts, *shape), generator=_draw(seed))
+        hidden = torch.func.functional_call(text.encoder, dict(engine.active.text), (ids,))[0]
+        yield Case({"prompts": prompts}, {"input_ids": ids}, [hidden])
+
+
+def _decoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+    for seed, (pictures, size) in enumerate((n, s) for s in _sizes(artefact) for n in (1, 2)):
+        latents = torch.randn(pictures, 4, *size, generator=_draw(seed))
+        expected = engine.vae.decode(latents).sample
+        yield Case(_about(size, pictures=pictures), {"latent_sample": latents}, [expected])
+
+
+def _encoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+    scale = engine.pixels_per_latent
+    for seed, (pictures, size) in enumerate((n, s) for s in _sizes(artefact) for n in (1, 2)):
+        shape = (pictures, 3, *(scale * side for side in size))
+        picture = torch.rand(shape, generator=_draw(seed)) * 2 - 1
+        expected = engine.vae.encode(picture).latent_dist.mean
+        yield Case(_about(size, pictures=pictures), {"sample": picture}, [expected])
+
+
+def _about(size: tuple[int, int], **counts: int) -> dict[str, int]:
+    return {**counts, "height": size[0], "width": size[1]}
+
+
+_NETWORK: dict[str, Callable[[DualUNet, Artefact, Sequence[int]], Iterator[Case]]] = {
+    "denoiser": _denoiser_cases,
+    "denoiser_background": _denoiser_cases,
+    "background_encoder": _background_cases,
+}
+_OTHERS: dict[str, Callable[[Engine, Artefact, Sequence[int]], Iterator[Case]]] = {
+    "text_encoder": _text_cases,
+    "vae_decoder": _decoder_cases,
+    "vae_encoder": _encoder_cases,
+}

@@ -1,0 +1,81 @@
+"""Whether a bundle is still what was written, and still computes what it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export import probe
+from dualdiff_engine.export.artefact import ADAPTERS, Artefact, read_artefacts
+from dualdiff_engine.export.bundle import check_files, read_manifest
+from dualdiff_engine.export.denoiser import ENCODER, WITH_BACKGROUND, initializers
+from dualdiff_engine.export.folded import PROBE, read_adapter
+from dualdiff_engine.export.runtime import Session
+from dualdiff_engine.export.validate import REPORT, cpu_session, relative
+
+
+@torch.inference_mode()
+def verify_bundle(folder: str | Path) -> dict[str, Any]:
+    """Check every file's hash, then run every adapter's probe by ONNX Runtime on the CPU.
+
+    Returns {files, parity: {adapter/graph: {error, tolerance}}}; errors are relative L2 against
+    what the engine's own network made of the probe when the bundle was written.
+    Raises BackendError naming what is not as it was.
+    """
+    folder = Path(folder)
+    checked = check_files(folder, read_manifest(folder), hashes=True)
+    graphs = read_artefacts(folder)
+    report = json.loads((folder / REPORT).read_text("utf-8"))
+    parity = {}
+    for path in sorted((folder / ADAPTERS).glob(f"*{PROBE}")):
+        stem = path.name.removesuffix(PROBE)
+        for graph, row in _run_probe(path, graphs, report, stem).items():
+            parity[f"{stem}/{graph}"] = row
+            if not row["error"] <= row["tolerance"]:
+                raise BackendError(
+                    f"{folder}: {graph} with adapter {stem} is {row['error']:.1e} off what it was "
+                    f"when written, more than {row['tolerance']:.1e}: this runtime computes "
+                    "something else; use the version in the report"
+                )
+    return {"files": checked, "parity": parity}
+
+
+def _run_probe(
+    path: Path, graphs: Mapping[str, Artefact], report: Mapping[str, Any], stem: str
+) -> dict[str, dict[str, float]]:
+    _, adapter = read_adapter(path.with_name(f"{stem}.safetensors"), graphs)
+    tensors = {**adapter.sites, **adapter.text}
+    background = bool(adapter.summary["background"])
+    runners = {}
+    for name, artefact in graphs.items():
+        if name == ("denoiser" if background else WITH_BACKGROUND):
+            continue
+        if name == ENCODER and not background:
+            continue
+        runners[name] = _runner(path.parent.parent / f"{name}.onnx", artefact, tensors)
+    rows = {}
+    for name, (result, expected) in probe.run(path, runners).items():
+        rows[name] = {
+            "error": relative(result, expected),
+            "tolerance": _tolerance(report, name, stem),
+        }
+    return rows
+
+
+def _runner(path: Path, artefact: Artefact, adapter: Mapping[str, Tensor]) -> Session:
+    return cpu_session(path, artefact, initializers(adapter, artefact))
+
+
+def _tolerance(report: Mapping[str, Any], graph: str, stem: str) -> float:
+    """As when written; a denoiser that reads the background encoder's shares may add its error."""
+    adapters = report["graphs"][graph]["adapters"]
+    allowed = float(adapters.get(stem, next(iter(adapters.values())))["tolerance"])
+    if graph == WITH_BACKGROUND:
+        allowed += float(report["graphs"][ENCODER]["adapters"][stem]["tolerance"])
+    return allowed

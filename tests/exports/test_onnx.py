@@ -1,0 +1,160 @@
+"""Exported graphs: what they hold, and that they compute what the engine does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dualdiff_engine.engine import Engine
+from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.export import validate, weight_files
+from dualdiff_engine.export.artefact import read_artefacts
+from dualdiff_engine.export.onnx_export import Options, export_onnx
+from support import Golden, golden_engine
+
+GRAPHS = {
+    "dual": {"denoiser", "text_encoder", "vae_decoder"},
+    "bcm": {
+        "denoiser_background",
+        "background_encoder",
+        "text_encoder",
+        "vae_decoder",
+        "vae_encoder",
+    },
+}
+
+
+@pytest.fixture
+def folder(golden: Golden, exported: Any) -> Path:
+    return exported(golden.name)
+
+
+def graph(path: Path) -> onnx.ModelProto:
+    return onnx.load(path, load_external_data=False)
+
+
+def test_report_and_checker(golden: Golden, folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["graphs"].keys() == GRAPHS[golden.name]
+    assert {path.stem for path in folder.glob("*.onnx")} == GRAPHS[golden.name]
+    for name, about in report["graphs"].items():
+        onnx.checker.check_model(str(folder / f"{name}.onnx"), full_check=True)
+        (row,) = about["adapters"].values()
+        assert len(row["cases"]) >= 2
+        assert all(case["error"] <= row["tolerance"] for case in row["cases"])
+        assert row["tolerance"] == (2e-5 if name.startswith("vae") else 5e-6)
+    network = report["graphs"]["denoiser_background" if golden.background else "denoiser"]
+    (row,) = network["adapters"].values()
+    assert {(case["batch"], case["rows"]) for case in row["cases"]} == {
+        (1, 2), (2, 2), (3, 2), (1, 1),
+    }  # fmt: skip
+    # every attention is one operator: 10 self sites and 10 text sites
+    assert network["attentions"] == 20
+
+
+def test_standard_operators_only(folder: Path) -> None:
+    for path in folder.glob("*.onnx"):
+        model = graph(path)
+        assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+        assert not model.functions
+        assert [entry.version for entry in model.opset_import if not entry.domain] == [23]
+
+
+def test_nothing_of_this_machine_is_in_the_files(folder: Path) -> None:
+    for path in folder.glob("*.onnx"):
+        strings = re.findall(rb"[ -~]{6,}", path.read_bytes())
+        assert not [s for s in strings if b"site-packages" in s or b"/home/" in s or b".py" in s]
+
+
+def test_metadata_says_what_it_is(golden: Golden, folder: Path, engine_of: Any) -> None:
+    engine: Engine = engine_of(golden.name)
+    for name, artefact in read_artefacts(folder).items():
+        assert artefact.graph == name
+        assert artefact.base["sha256"] == engine.base.sha256
+        assert artefact.adapter["sha256"] == engine.active.summary["sha256"]
+        assert artefact.scheduler["_class_name"] == "PNDMScheduler"
+        assert (artefact.height, artefact.width, artefact.opset) == (16, 16, 23)
+        assert artefact.versions.keys() >= {"dualdiff-engine", "torch", "onnx"}
+
+
+def test_weights_keep_their_names(golden: Golden, folder: Path, engine_of: Any) -> None:
+    """An adapter file holds the engine's folded tensors under the network's own names."""
+    engine: Engine = engine_of(golden.name)
+    (path,) = [p for p in (folder / "adapters").iterdir() if ".probe." not in p.name]
+    tensors = load_file(path)
+    turned = set(weight_files.read_metadata(path)["transposed"])
+    assert set(engine.active.sites) < set(tensors)
+    for name, tensor in engine.active.sites.items():
+        found = tensors[name].transpose(-1, -2) if name in turned else tensors[name]
+        torch.testing.assert_close(found, tensor, rtol=0, atol=0)
+    # text encoder: q, k, v, out of both layers
+    assert len(set(tensors) - set(engine.active.sites)) == 8
+
+
+def test_weights_are_shared_and_begin_on_pages(folder: Path) -> None:
+    """No weight is stored twice, and none in the graphs themselves."""
+    named: dict[str, set[tuple[str, str]]] = {}
+    for path in folder.glob("*.onnx"):
+        assert path.stat().st_size < 500_000
+        for tensor in graph(path).graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                place = {entry.key: entry.value for entry in tensor.external_data}
+                key = f"{path.stem.split('_')[0] in ('text', 'vae')} {tensor.name}"
+                named.setdefault(key, set()).add((place["location"], place["offset"]))
+    assert all(len(places) == 1 for places in named.values())
+    for path in folder.rglob("*.safetensors"):
+        assert min(place.offset for place in weight_files.places(path).values()) % 4096 == 0
+
+
+def test_an_export_that_misses_its_tolerance_is_not_kept(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the graph computed something else: the engine that it is compared with is changed."""
+    folder = exported("dual")
+    engine = golden_engine("dual")
+    site = next(name for name in engine.active.sites if name.endswith("gate_weight"))
+    engine.unet.load({site: engine.active.sites[site] * 1.01})
+    with pytest.raises(BackendError, match=r"denoiser: relative error .* not kept"):
+        validate.validate(engine, folder, "adapter", (1,), {"denoiser"}, lambda line: None)
+
+    def half_way(exporter: Any) -> None:
+        (exporter.folder / "denoiser.onnx").touch()
+        raise BackendError("missed")
+
+    monkeypatch.setattr("dualdiff_engine.export.onnx_export.Exporter.add_adapter", half_way)
+    with pytest.raises(BackendError, match="missed"):
+        export_onnx(golden_engine("dual"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"opset": 17}, "opset 17"),
+        ({"opset": 99}, "opset 99"),
+        ({"precision": "int8"}, "int8"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"batches": (1, 65)}, "batches"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        Options(**options)
+
+
+def test_folders_are_checked(dual: Engine, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for out, said in ((tmp_path / "full", "not empty"), (tmp_path / "no" / "out", "no folder")):
+        with pytest.raises(SettingsError, match=said):
+            export_onnx(dual, out)
+    with pytest.raises(SettingsError, match="multiples of 8"):
+        export_onnx(dual, tmp_path / "out", Options(height=100))
+    assert not (tmp_path / "out").exists()
