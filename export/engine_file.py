@@ -1,0 +1,199 @@
+"""Engine files: a plan, and a manifest that is checked before the plan is looked at.
+
+A plan is code for a GPU, and TensorRT does not defend itself against a made-up one. So a plan is
+only loaded when this user built it, which a keyed hash in the manifest shows, or when the caller
+says that it is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualdiff_engine.errors import BackendError
+
+FORMAT = 1
+# a manifest is a page; more is not one
+MOST_MANIFEST_BYTES = 1 << 20
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine was built from, by what, and for which GPUs.
+
+    targets: compute capabilities ("9.0"). gpu: its name where the engine fits only that kind.
+    profiles: [least, most] pairs each. height, width: latent size.
+    """
+
+    graph: str
+    flavour: str
+    version: str
+    targets: list[str]
+    gpu: str
+    graph_sha256: str
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    precision: str
+    height: int
+    width: int
+    profiles: list[list[int]]
+    refittable: bool
+    format: int = FORMAT
+
+
+def name_of(graph: str, targets: Sequence[str]) -> str:
+    """The file of a graph's engine for some targets."""
+    return f"{graph}.sm_{'_'.join(target.replace('.', '') for target in targets)}.plan"
+
+
+def this_gpu(required: bool = True) -> str:
+    """Compute capability of the current GPU, "9.0". Raises BackendError when there is none."""
+    if torch.cuda.is_available():
+        return "{}.{}".format(*torch.cuda.get_device_capability())
+    if required:
+        raise BackendError(
+            "TensorRT builds for the GPU it runs on, and this machine has none: use tensorrt-rtx "
+            "with --target 8.9, or build where the engine will run"
+        )
+    return ""
+
+
+def this_gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(folder: Path, plan: bytes, manifest: Manifest, targets: Sequence[str]) -> Path:
+    """Write a plan and, last, its manifest; returns the plan's path."""
+    path = folder / name_of(manifest.graph, targets)
+    digest = hashlib.sha256(plan).hexdigest()
+    told = {**asdict(manifest), "plan_sha256": digest}
+    told["built_by"] = _signature(told)
+    manifest_path = _manifest_path(path)
+    # an old manifest must not vouch for a new plan
+    manifest_path.unlink(missing_ok=True)
+    for place, content in ((path, plan), (manifest_path, json.dumps(told, indent=1).encode())):
+        partial = place.with_name(place.name + ".partial")
+        partial.write_bytes(content)
+        partial.replace(place)
+    return path
+
+
+def read(path: Path, flavour: str, version: str, *, trust: bool = False) -> tuple[Manifest, bytes]:
+    """An engine's manifest and plan, every claim checked, for the current GPU.
+
+    Raises BackendError that says what differs and what to do.
+    """
+    told = _read_manifest(path)
+    digest, built_by = str(told.pop("plan_sha256", "")), str(told.pop("built_by", ""))
+    try:
+        manifest = Manifest(**told)
+    except TypeError as error:
+        raise BackendError(f"{_manifest_path(path)} is no manifest ({error}): {_AGAIN}") from error
+    signed = {**asdict(manifest), "plan_sha256": digest}
+    if not trust and not hmac.compare_digest(built_by, _signature(signed)):
+        raise BackendError(
+            f"{path} was not built by you: an engine is code for the GPU. If you trust where it "
+            "came from, pass trust=True (--trust); else build it again"
+        )
+    _check_place(path, manifest, flavour, version)
+    plan = path.read_bytes()
+    if hashlib.sha256(plan).hexdigest() != digest:
+        raise BackendError(f"{path} is not the plan its manifest describes: {_AGAIN}")
+    return manifest, plan
+
+
+_AGAIN = "it is damaged or was changed; build it again with `dualdiff export tensorrt`"
+
+
+def _check_place(path: Path, manifest: Manifest, flavour: str, version: str) -> None:
+    """Raises BackendError where a manifest speaks of something else than is here."""
+    graph, here = path.parent / f"{manifest.graph}.onnx", this_gpu(required=False) or "none"
+    found = sha256(graph) if graph.is_file() else "no such file"
+    claims = {
+        "format": (manifest.format, FORMAT),
+        "flavour": (manifest.flavour, flavour),
+        f"{flavour} version": (manifest.version, version),
+        f"hash of {graph.name}": (manifest.graph_sha256, found),
+    }
+    for what, (built, have) in claims.items():
+        if built != have:
+            raise BackendError(
+                f"{path} was built with {what} {built}, here it is {have}: build it again with "
+                "`dualdiff export tensorrt`"
+            )
+    if here not in manifest.targets:
+        raise BackendError(
+            f"{path} was built for compute capability {', '.join(manifest.targets)}, this GPU has "
+            f"{here}: build it here with `dualdiff export tensorrt`"
+        )
+    if manifest.gpu and manifest.gpu != this_gpu_name():
+        raise BackendError(
+            f"{path} was built on {manifest.gpu}, this is {this_gpu_name()}: build it here with "
+            "`dualdiff export tensorrt`"
+        )
+
+
+def _manifest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = _manifest_path(path)
+    for file in (path, manifest):
+        if not file.is_file():
+            raise BackendError(f"no {file}: build it with `dualdiff export tensorrt`")
+    if manifest.stat().st_size > MOST_MANIFEST_BYTES:
+        raise BackendError(f"{manifest} is no manifest (over 1 MiB): {_AGAIN}")
+    try:
+        told = json.loads(manifest.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise BackendError(f"{manifest} cannot be read ({error}): {_AGAIN}") from error
+    if not isinstance(told, dict) or told.keys() - _FIELDS:
+        raise BackendError(f"{manifest} is no manifest: {_AGAIN}")
+    return told
+
+
+_FIELDS = {field.name for field in fields(Manifest)} | {"plan_sha256", "built_by"}
+
+
+def _signature(told: dict[str, Any]) -> str:
+    """A keyed hash of a manifest, which names its plan by hash: only this user can make it."""
+    text = json.dumps(told, sort_keys=True).encode()
+    return hmac.new(_key(), text, hashlib.sha256).hexdigest()
+
+
+def _key() -> bytes:
+    """This user's key, made when first needed."""
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    path = home / "dualdiff-engine" / "builder.key"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        made = path.with_name(f"{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+        try:
+            # whoever comes first decides
+            os.link(made, path)
+        except FileExistsError:
+            pass
+        finally:
+            made.unlink()
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise BackendError(f"{path} is not the key it was: delete it, and build engines again")
+    return key

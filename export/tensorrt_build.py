@@ -1,0 +1,271 @@
+"""ONNX graphs -> TensorRT engines: strongly typed, refittable, one profile per range of batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.export import engine_file, tensorrt_api
+from dualdiff_engine.export.artefact import Artefact, read_artefacts
+from dualdiff_engine.export.engine_file import Manifest
+
+GRAPHS = ("denoiser", "denoiser_background", "background_encoder")
+# names of dynamic axes in our graphs
+BATCH, ROWS = "batch", "rows"
+GUIDED = 2
+TIMING_CACHE = "timing.cache"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build.
+
+    flavour: tensorrt or tensorrt-rtx; empty: the one installed. targets: compute capabilities such
+    as "8.9" that RTX compiles for ahead of time; empty: this machine's GPU. batches: where ranges
+    of pairs end, each a profile tuned at its end. refittable: keep the adapter's weights
+    replaceable; by default where there is a GPU, without which RTX cannot build such engines.
+    """
+
+    flavour: str = ""
+    targets: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    refittable: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.batches or list(self.batches) != sorted(set(self.batches)):
+            raise SettingsError(f"batches must ascend, as in 1,8,32,64; got {self.batches}")
+        if self.batches[0] < 1:
+            raise SettingsError(f"batches must be at least 1; got {self.batches[0]}")
+        if self.targets and self.flavour == "tensorrt":
+            raise SettingsError(
+                "targets are for tensorrt-rtx: TensorRT builds for the GPU it runs on"
+            )
+
+    @property
+    def refits(self) -> bool:
+        if self.refittable is None:
+            return bool(engine_file.this_gpu(required=False))
+        return self.refittable
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(least, most) pairs of each profile."""
+        return [(low + 1, high) for low, high in pairwise((0, *self.batches))]
+
+
+@dataclass
+class Built:
+    """What building a graph gave. attentions: all of them by a dedicated kernel."""
+
+    graph: str
+    seconds: float
+    plan_bytes: int
+    attentions: int
+    file: str
+    profiles: list[tuple[int, int]]
+    refittable: bool
+
+
+def build(
+    exported: str | Path, options: BuildOptions | None = None, say: Say = lambda line: None
+) -> list[Built]:
+    """Build an engine file for every denoiser graph of an export, beside the graphs.
+
+    exported: a folder by `dualdiff export onnx`, of static size, in float16 or bfloat16.
+    Raises BackendError (with what TensorRT said), SettingsError.
+    """
+    options, folder = options or BuildOptions(), Path(exported)
+    flavour = options.flavour or tensorrt_api.installed()
+    trt = tensorrt_api.package(flavour)
+    artefacts = read_artefacts(folder)
+    targets = options.targets or (engine_file.this_gpu(),)
+    graphs = [name for name in GRAPHS if name in artefacts]
+    for name in graphs:
+        _check(artefacts[name], folder, options)
+    built = []
+    for name in graphs:
+        say(f"{name}: building for {', '.join(targets)}")
+        maker = _Builder(trt, flavour, folder, artefacts[name], targets, options)
+        built.append(maker.run())
+        say(f"{name}: {built[-1].plan_bytes / 2**20:.0f} MiB in {built[-1].seconds:.0f} s")
+    return built
+
+
+def _check(artefact: Artefact, folder: Path, options: BuildOptions) -> None:
+    if artefact.dynamic_size:
+        raise SettingsError(
+            f"{folder} was exported with --dynamic-size: export each size that you need without it"
+        )
+    if artefact.precision == "float32":
+        raise SettingsError(
+            f"{folder} was exported in float32, for which TensorRT has no fused attention: export "
+            "with --precision float16 or bfloat16"
+        )
+    if options.batches[-1] > artefact.max_batch:
+        raise SettingsError(
+            f"batches go to {options.batches[-1]}, the export to {artefact.max_batch}: pass "
+            "smaller ones, or export with a larger --max-batch"
+        )
+
+
+class _Builder:
+    """One graph, from file to file."""
+
+    def __init__(
+        self,
+        trt: Any,
+        flavour: str,
+        folder: Path,
+        artefact: Artefact,
+        targets: Sequence[str],
+        options: BuildOptions,
+    ) -> None:
+        self.trt, self.flavour, self.folder = trt, flavour, folder
+        self.artefact, self.targets, self.options = artefact, tuple(targets), options
+        self.logger = tensorrt_api.logger(trt)
+        self.builder = trt.Builder(self.logger)
+
+    def run(self) -> Built:
+        start = time.monotonic()
+        network = self._parse()
+        config = self._config(network)
+        plan = self.builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._error("does not build")
+        self._keep_timings(config)
+        attentions = sum(
+            network.get_layer(i).type == self.trt.LayerType.ATTENTION_INPUT
+            for i in range(network.num_layers)
+        )
+        path = engine_file.write(
+            self.folder, bytes(memoryview(plan)), self._manifest(network), self.targets
+        )
+        seconds = time.monotonic() - start
+        ranges = self._ranges(network)
+        return Built(
+            self.artefact.graph, seconds, plan.nbytes, attentions, path.name, ranges,
+            self.options.refits,
+        )  # fmt: skip
+
+    def _parse(self) -> Any:
+        trt, path = self.trt, self.folder / f"{self.artefact.graph}.onnx"
+        flags = trt.NetworkDefinitionCreationFlag
+        # the only kind since 11, whose enumeration no longer names it
+        typed = getattr(flags, "STRONGLY_TYPED", None)
+        network = self.builder.create_network(0 if typed is None else 1 << int(typed))
+        parser = trt.OnnxParser(network, self.logger)
+        # by path: weights lie in files beside the graph
+        if not parser.parse_from_file(str(path)):
+            said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise BackendError(f"{self.flavour} does not read {path}: {said}")
+        return network
+
+    def _config(self, network: Any) -> Any:
+        trt, config = self.trt, self.builder.create_builder_config()
+        if self.options.refits:
+            config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+            self._mark(network)
+        if self.flavour == "tensorrt-rtx":
+            config.num_compute_capabilities = len(self.targets)
+            for index, target in enumerate(self.targets):
+                config.set_compute_capability(_capability(trt, target), index)
+        elif (cache := self.folder / TIMING_CACHE).is_file():
+            config.set_timing_cache(config.create_timing_cache(cache.read_bytes()), False)
+        for low, high in self._ranges(network):
+            profile = self.builder.create_optimization_profile()
+            for tensor in _dynamic(network):
+                profile.set_shape(
+                    tensor.name, *(_shape(tensor, n, rows) for n, rows in self._points(low, high))
+                )
+            config.add_optimization_profile(profile)
+        return config
+
+    def _mark(self, network: Any) -> None:
+        """Only what an adapter brings stays replaceable: the rest may be folded and fused."""
+        for name in self.artefact.adapter_weights:
+            if not network.mark_weights_refittable(name):
+                raise BackendError(
+                    f"{self.flavour} lost the weight {name} of {self.artefact.graph}.onnx: export "
+                    "it again"
+                )
+
+    def _ranges(self, network: Any) -> list[tuple[int, int]]:
+        """A graph without pairs, the background's, needs one profile."""
+        names = {name for tensor in _dynamic(network) for name in _axes(tensor).values()}
+        return self.options.ranges if BATCH in names else self.options.ranges[:1]
+
+    def _points(self, low: int, high: int) -> list[tuple[int, int]]:
+        """(pairs, guidance rows) at least, at best, at most."""
+        return [(low, 1), (high, GUIDED), (high, GUIDED)]
+
+    def _keep_timings(self, config: Any) -> None:
+        """Kernels that were timed once need not be again. RTX times none at build."""
+        cache = config.get_timing_cache() if self.flavour == "tensorrt" else None
+        if cache is not None:
+            (self.folder / TIMING_CACHE).write_bytes(bytes(memoryview(cache.serialize())))
+
+    def _manifest(self, network: Any) -> Manifest:
+        a = self.artefact
+        return Manifest(
+            graph=a.graph,
+            flavour=self.flavour,
+            version=str(self.trt.__version__),
+            targets=list(self.targets),
+            gpu="" if self.options.targets else engine_file.this_gpu_name(),
+            graph_sha256=engine_file.sha256(self.folder / f"{a.graph}.onnx"),
+            base=dict(a.base),
+            adapter={k: a.adapter.get(k) for k in ("name", "sha256")},
+            precision=a.precision,
+            height=a.height,
+            width=a.width,
+            profiles=[list(pair) for pair in self._ranges(network)],
+            refittable=self.options.refits,
+        )
+
+    def _error(self, what: str) -> BackendError:
+        said = "; ".join(self.logger.errors) or "it did not say why"
+        if self.options.refits and not engine_file.this_gpu(required=False):
+            said += " (replaceable weights need a GPU at build: leave refittable out)"
+        return BackendError(f"{self.artefact.graph}.onnx {what} with {self.flavour}: {said}")
+
+
+def _dynamic(network: Any) -> list[Any]:
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    return [tensor for tensor in tensors if -1 in tuple(tensor.shape)]
+
+
+def _axes(tensor: Any) -> dict[int, str]:
+    return {
+        axis: tensor.get_dimension_name(axis)
+        for axis, size in enumerate(tuple(tensor.shape))
+        if size == -1
+    }
+
+
+def _shape(tensor: Any, batch: int, rows: int) -> list[int]:
+    """Raises BackendError for an axis that our graphs do not have."""
+    sizes: Mapping[str, int] = {BATCH: batch, ROWS: rows}
+    axes = _axes(tensor)
+    if unknown := [name for name in axes.values() if name not in sizes]:
+        raise BackendError(f"input {tensor.name} has an axis {unknown[0]!r} of unknown size")
+    return [sizes[axes[i]] if i in axes else size for i, size in enumerate(tuple(tensor.shape))]
+
+
+def _capability(trt: Any, target: str) -> Any:
+    """Of RTX, for "8.9"; a GPU that its enumeration does not name is built for where it is."""
+    found = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
+    if found is not None:
+        return found
+    if target == engine_file.this_gpu(required=False):
+        return trt.ComputeCapability.CURRENT
+    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    raise BackendError(
+        f"tensorrt-rtx {trt.__version__} does not build for compute capability {target}: it "
+        f"knows {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}"
+    )

@@ -1,0 +1,316 @@
+"""TensorRT: engines built without a GPU by TensorRT-RTX, and what is checked before one is loaded.
+
+Running an engine needs a GPU: what does is held here to the names of the real API.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualdiff_engine import BackendError, Engine, SettingsError
+from dualdiff_engine.bench.case import RandomWeights, random_adapter
+from dualdiff_engine.export import engine_file, tensorrt_api, tensorrt_build, tensorrt_runner
+from dualdiff_engine.export.artefact import read_artefacts
+from dualdiff_engine.export.engine_file import Manifest
+from dualdiff_engine.export.tensorrt_build import BuildOptions
+from support import DATA
+
+TARGET = "8.9"
+OPTIONS = BuildOptions("tensorrt-rtx", (TARGET,), (64,))
+# two levels, heads of 40 and 80 channels: those that TensorRT has fused attention for
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (80, 160),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+    "norm_num_groups": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """tiny(background): the fp16 export of a small network, made once."""
+    from diffusers import UNet2DConditionModel
+
+    from dualdiff_engine.export.onnx_export import Options, export_onnx
+
+    root = tmp_path_factory.mktemp("tiny")
+    made: dict[bool, Path] = {}
+    base = root / "base"
+
+    def get(background: bool) -> Path:
+        if not base.exists():
+            shutil.copytree(DATA / "dual/model", base, ignore=shutil.ignore_patterns("unet"))
+            torch.manual_seed(0)
+            UNet2DConditionModel(**UNET).save_pretrained(base / "unet")
+        if background not in made:
+            with Engine.from_pretrained(base, device="cpu") as engine:
+                shapes = {name: tuple(x.shape) for name, x in engine.base.unet.items()}
+                weights = RandomWeights(shapes, 1)
+                adapter = random_adapter(weights, background=background, rank=4)
+                engine.keep_adapter(adapter, "tiny")
+                folder = root / ("background" if background else "plain")
+                export_onnx(engine, folder, Options(precision="float16", batches=(1, 3)))
+            made[background] = folder
+        return made[background]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("background", "attentions"),
+    # one on the way down, one in the middle, two on the way up, each with self and text; the
+    # background's pass ends at the last self-attention's keys
+    [(False, {"denoiser": 8}), (True, {"denoiser_background": 8, "background_encoder": 6})],
+    ids=["plain", "background"],
+)
+def test_every_attention_gets_a_kernel_of_its_own(
+    tiny: Any, background: bool, attentions: dict[str, int]
+) -> None:
+    """TensorRT refuses an attention without one: a plan shows that all were taken."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = tiny(background)
+    built = tensorrt_build.build(folder, OPTIONS)
+    assert {one.graph: one.attentions for one in built} == attentions
+    for one in built:
+        plan = folder / one.file
+        assert plan.name == f"{one.graph}.sm_89.plan"
+        assert plan.stat().st_size == one.plan_bytes
+        told = json.loads(Path(f"{plan}.json").read_text())
+        assert told["profiles"] == [[1, 64]]
+        assert told["targets"] == [TARGET]
+        assert told["graph_sha256"] == engine_file.sha256(folder / f"{one.graph}.onnx")
+        assert told["adapter"]["name"] == "tiny"
+
+
+def test_the_adapters_weights_keep_their_names(tiny: Any) -> None:
+    """What a refit replaces is found by the parser under the names of the export."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    for background in (False, True):
+        folder = tiny(background)
+        for name, artefact in read_artefacts(folder).items():
+            if name in tensorrt_build.GRAPHS:
+                builder = tensorrt_build._Builder(
+                    trt, "tensorrt-rtx", folder, artefact, (TARGET,), OPTIONS
+                )
+                assert artefact.adapter_weights
+                builder._mark(builder._parse())
+
+
+def test_heads_without_a_fused_kernel_are_told(exported: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    folder = exported("dual", precision="float16")
+    with pytest.raises(BackendError, match=r"denoiser.onnx does not build .* dedicated kernel"):
+        tensorrt_build.build(folder, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": ()}, "batches must ascend"),
+        ({"batches": (8, 1)}, "batches must ascend"),
+        ({"batches": (0, 8)}, "at least 1"),
+        ({"flavour": "tensorrt"}, "targets are for tensorrt-rtx"),
+    ],
+)
+def test_wrong_options(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        replace(OPTIONS, **change)
+
+
+def test_exports_that_cannot_be_built(exported: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(SettingsError, match="exported in float32, for which TensorRT has no fused"):
+        tensorrt_build.build(exported("dual"), OPTIONS)
+    folder = exported("dual", precision="float16")
+    with pytest.raises(SettingsError, match="batches go to 65, the export to 64"):
+        tensorrt_build.build(folder, replace(OPTIONS, batches=(65,)))
+    with pytest.raises(
+        BackendError, match=r"not build for compute capability 1\.2: it knows .*8\.9"
+    ):
+        tensorrt_build.build(folder, replace(OPTIONS, targets=("1.2",)))
+
+
+def test_ranges_of_batches_are_profiles() -> None:
+    assert BuildOptions(batches=(1, 8, 32)).ranges == [(1, 1), (2, 8), (9, 32)]
+    profiles = [[1, 1], [2, 8], [9, 32]]
+    chosen = [tensorrt_runner.profile_of(profiles, batch) for batch in (1, 2, 8, 9, 32)]
+    assert chosen == [0, 1, 1, 2, 2]
+    with pytest.raises(BackendError, match=r"a batch of 33 is above the 32 .* --batches …,33"):
+        tensorrt_runner.profile_of(profiles, 33)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An engine file for the GPU that this machine is made to have; its plan is no plan."""
+    monkeypatch.setattr(engine_file, "this_gpu", lambda required=True: TARGET)
+    (tmp_path / "denoiser.onnx").write_bytes(b"graph")
+    manifest = Manifest(
+        graph="denoiser",
+        flavour="tensorrt-rtx",
+        version="1.7",
+        targets=[TARGET],
+        gpu="",
+        graph_sha256=engine_file.sha256(tmp_path / "denoiser.onnx"),
+        base={"sha256": "0"},
+        adapter={"name": "hole"},
+        precision="float16",
+        height=8,
+        width=8,
+        profiles=[[1, 64]],
+        refittable=False,
+    )
+    return engine_file.write(tmp_path, b"plan", manifest, [TARGET])
+
+
+def read(path: Path, **options: Any) -> tuple[Manifest, bytes]:
+    return engine_file.read(path, "tensorrt-rtx", "1.7", **options)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    manifest = Path(f"{path}.json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+
+
+def test_what_was_written_is_read(plan: Path) -> None:
+    manifest, content = read(plan)
+    assert content == b"plan"
+    assert manifest.profiles == [[1, 64]]
+    assert tensorrt_runner.engine_for(plan.parent, "denoiser") == plan
+    with pytest.raises(BackendError, match="no TensorRT engine of background_encoder"):
+        tensorrt_runner.engine_for(plan.parent, "background_encoder")
+
+
+def test_engines_of_others_need_trust(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(plan.parent / "somebody"))
+    with pytest.raises(BackendError, match=r"was not built by you: .*pass trust=True \(--trust\)"):
+        read(plan)
+    assert read(plan, trust=True)[1] == b"plan"
+
+
+def test_a_changed_manifest_is_nobodys(plan: Path) -> None:
+    edit(plan, profiles=[[1, 1000]])
+    with pytest.raises(BackendError, match="was not built by you"):
+        read(plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "built with format 2, here it is 1"),
+        ({"flavour": "tensorrt"}, "built with flavour tensorrt, here it is tensorrt-rtx"),
+        ({"version": "1.6"}, "built with tensorrt-rtx version 1.6, here it is 1.7"),
+        ({"graph_sha256": "ab"}, "built with hash of denoiser.onnx ab, here it is"),
+        ({"graph": "other"}, "hash of other.onnx .* here it is no such file"),
+        ({"targets": ["9.0"]}, "built for compute capability 9.0, this GPU has 8.9"),
+        ({"gpu": "another card"}, "was built on another card, this is"),
+        ({"plan_sha256": "ab"}, "is not the plan its manifest describes"),
+        ({"surprise": 1}, "is no manifest"),
+    ],
+)
+def test_engines_of_elsewhere_are_told_apart(
+    plan: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit(plan, **changes)
+    with pytest.raises(BackendError, match=message):
+        read(plan, trust=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "cannot be read"),
+        (b"[]", "is no manifest"),
+        (b"{}", "is no manifest"),
+        (b" " * (1 << 20) + b"{}", "is no manifest .over 1 MiB"),
+    ],
+)
+def test_damaged_manifests(plan: Path, content: bytes, message: str) -> None:
+    Path(f"{plan}.json").write_bytes(content)
+    with pytest.raises(BackendError, match=message):
+        read(plan, trust=True)
+
+
+def test_a_truncated_plan(plan: Path) -> None:
+    plan.write_bytes(b"pla")
+    with pytest.raises(BackendError, match="is not the plan its manifest describes"):
+        read(plan)
+    plan.unlink()
+    with pytest.raises(BackendError, match="build it with `dualdiff export tensorrt`"):
+        read(plan)
+
+
+def test_the_key_is_the_users_alone(plan: Path) -> None:
+    (key,) = (plan.parent / "data").rglob("builder.key")
+    assert key.stat().st_mode & 0o777 == 0o600
+    key.write_bytes(b"short")
+    with pytest.raises(BackendError, match="is not the key it was"):
+        read(plan)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(BackendError, match=r"tensorrt-rtx is not installed: .*\[tensorrt-rtx\]"):
+        tensorrt_api.package("tensorrt-rtx")
+    with pytest.raises(BackendError, match="TensorRT is not installed"):
+        tensorrt_api.installed()
+    with pytest.raises(BackendError, match="no TensorRT called 'trt'"):
+        tensorrt_api.package("trt")
+
+
+def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = type("old", (), {"__version__": "10.9.0.34"})
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", old)
+    with pytest.raises(BackendError, match=r"tensorrt 10\.9\.0\.34 is older than 10\.13"):
+        tensorrt_api.package("tensorrt")
+
+
+def test_building_for_this_gpu_needs_one(exported: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BackendError, match="this machine has none: use tensorrt-rtx with --target"):
+        tensorrt_build.build(
+            exported("dual", precision="float16"), BuildOptions(flavour="tensorrt-rtx")
+        )
+
+
+def test_the_runner_speaks_the_real_api() -> None:
+    """Every name that only a GPU would reach."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    names = {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: [
+            "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype",
+            "create_execution_context",
+        ],
+        trt.IExecutionContext: [
+            "set_input_shape", "set_tensor_address", "get_tensor_shape", "execute_async_v3",
+            "set_optimization_profile_async",
+        ],
+        trt.Refitter: ["get_all_weights", "set_named_weights", "refit_cuda_engine"],
+        trt.TensorIOMode: ["INPUT"],
+        trt.TensorLocation: ["HOST"],
+        trt.DataType: list(tensorrt_runner._DTYPES),
+    }  # fmt: skip
+    for owner, needed in names.items():
+        assert all(hasattr(owner, name) for name in needed), owner
+    weights = trt.Weights(trt.DataType.HALF, torch.zeros(4).half().data_ptr(), 4)
+    assert weights.size == 4
