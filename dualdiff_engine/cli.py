@@ -44,6 +44,7 @@ from dualdiff_engine.cli_options import (
     Seeds,
     Size,
     Steps,
+    Trust,
 )
 from dualdiff_engine.demo import command as demos
 from dualdiff_engine.doctor import doctor, print_table
@@ -71,6 +72,7 @@ _SPOKEN = {
     "background=Background(…)": "--background PICTURE",
     "exported=FOLDER": "--exported FOLDER",
     "pass batch=": "pass --batch ",
+    "pass trust=True (--trust)": "pass --trust",
 }
 # `UsageError` of the click that this typer uses, its own copy or the package
 _UsageError: Any = typer.BadParameter.__base__
@@ -165,6 +167,7 @@ def generate(
     cuda_graph: CudaGraph = None,
     segmenter: Masker = None,
     exported: Exported = None,
+    trust: Trust = False,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
@@ -197,6 +200,7 @@ def generate(
             max_batch=batch,
             allow_pickle=allow_pickle,
             exported=exported,
+            trust=trust,
         ) as engine:
             _write_pairs(engine, engine.stream(**options), writer, quiet)
 

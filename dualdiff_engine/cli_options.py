@@ -40,6 +40,7 @@ CudaGraph = Annotated[
     bool | None, typer.Option(help="Replay captured steps; by default with Triton's attention.")
 ]
 Masker = Annotated[Path | None, typer.Option(**FILE, help="ONNX model that makes the masks.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run TensorRT engines of others.")]
 Exported = Annotated[Path | None, typer.Option(help="Of `export onnx`, for --backend onnxruntime.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .bin that you trust.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]

@@ -20,6 +20,7 @@ OPTIONAL = {
     "onnxruntime": "onnx",
     "onnxruntime-gpu": "ort-gpu",
     "tensorrt": "tensorrt",
+    "tensorrt-rtx-cu13": "tensorrt-rtx",
 }
 
 

@@ -94,21 +94,23 @@ class Engine:
         revision: str | None = None,
         local_files_only: bool = False,
         exported: str | Path | None = None,
+        trust: bool = False,
     ) -> Engine:
         """Load a base model and, if given, an adapter.
 
         base: a diffusers Stable Diffusion folder or a hub id. adapter: see `load_adapter`. dtype:
         float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
-        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or onnxruntime, which
-        runs the denoiser of `exported`, a folder by `dualdiff export onnx`. cuda_graph: replay
-        denoiser calls from captured CUDA graphs; by default where Triton serves attention on a GPU.
-        max_batch: most pairs computed at once, by default 4 on a CPU and 32 on a GPU.
+        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or onnxruntime or
+        tensorrt, which run the denoiser of `exported`, a folder by `dualdiff export onnx`; trust:
+        also TensorRT engines that somebody else built. cuda_graph: replay from captured CUDA graphs;
+        by default where Triton serves attention on a GPU. max_batch: most pairs computed at once, by
+        default 4 on a CPU and 32 on a GPU.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
         if backend in EXPORTED or exported is not None or Path(base, BUNDLE).is_file():
             return _exported().from_pretrained(
                 base, exported, backend, adapter, dtype, device, max_batch, allow_pickle, revision,
-                local_files_only,
+                local_files_only, trust,
             )  # fmt: skip
         device = request.device_of(device)
         dtype = request.dtype_of(dtype, device)
@@ -141,7 +143,7 @@ class Engine:
 
         adapter: one of the bundle's, by default its first; all are resident. backend: auto takes
         the fastest that runs here and says in `ops.table` which and why. trust: run TensorRT
-        engines that another user owns. Raises BackendError.
+        engines that somebody else built. Raises BackendError.
         """
         return _exported().from_bundle(path, adapter, device, backend, max_batch, trust)
 

@@ -13,12 +13,16 @@ from dualdiff_engine import adapters, request
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export import tensorrt_api
 from dualdiff_engine.export.artefact import MANIFEST, Artefact, read_artefacts
 from dualdiff_engine.export.bundle import check_files, read_manifest
-from dualdiff_engine.export.denoiser import OnnxDenoiser
+from dualdiff_engine.export.denoiser import ExportedDenoiser, OnnxDenoiser
 from dualdiff_engine.export.folded import read_adapters
 from dualdiff_engine.export.parts import BundledBase, BundledText, BundledVae
 from dualdiff_engine.export.runtime import onnxruntime, provider_of
+from dualdiff_engine.export.tensorrt_build import GRAPHS
+from dualdiff_engine.export.tensorrt_runner import TensorrtDenoiser, engine_for
+from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.ops import Choice, Ops, bind
 
 logger = logging.getLogger(__name__)
@@ -58,6 +62,52 @@ def most_pairs(artefacts: Mapping[str, Artefact], asked: int | None, device: tor
     return asked or min(limit, 32 if device.type == "cuda" else 4)
 
 
+def check_runtime(backend: str, device: torch.device) -> None:
+    """Raises BackendError when what runs the graphs is not there, or not for this device."""
+    # text encoder and VAE of a bundle are its own whatever runs the denoiser
+    onnxruntime()
+    provider_of(device)
+    if backend == "tensorrt":
+        tensorrt_api.installed()
+        if device.type != "cuda":
+            raise BackendError(f"TensorRT runs on NVIDIA GPUs, the engine is on {device}")
+
+
+def fastest(
+    folder: Path, artefacts: Mapping[str, Artefact], device: torch.device
+) -> tuple[str, str]:
+    """(backend, why) of a bundle: TensorRT where engines for this GPU were built beside it."""
+    if device.type != "cuda":
+        return "onnxruntime", "TensorRT needs a GPU"
+    try:
+        tensorrt_api.installed()
+        for graph in artefacts.keys() & set(GRAPHS):
+            engine_for(folder, graph)
+    except BackendError as error:
+        return "onnxruntime", f"not TensorRT: {error}"
+    return "tensorrt", "engines for this GPU lie beside the graphs"
+
+
+def denoiser(
+    backend: str,
+    config: UNetConfig,
+    artefacts: Mapping[str, Artefact],
+    folder: Path,
+    device: torch.device,
+    why: str,
+    trust: bool,
+) -> ExportedDenoiser:
+    """What runs the graphs of a folder; its ops say how and why."""
+    if backend == "tensorrt":
+        flavour = tensorrt_api.installed()
+        ops = ops_table(f"{flavour}, {folder}: {why}", backend)
+        return TensorrtDenoiser(
+            config, ops, artefacts, folder, device, flavour=flavour, trust=trust
+        )
+    ops = ops_table(f"{provider_of(device)[0]}, {folder}: {why}", backend)
+    return OnnxDenoiser(config, ops, artefacts, folder, device)
+
+
 @torch.inference_mode()
 def from_pretrained(
     base: str | Path,
@@ -70,6 +120,7 @@ def from_pretrained(
     allow_pickle: bool,
     revision: str | None,
     local_files_only: bool,
+    trust: bool,
 ) -> Engine:
     """An engine whose denoiser is an exported one; text encoder and VAE stay the base model's.
 
@@ -82,15 +133,14 @@ def from_pretrained(
             raise BackendError(f"{base} is a bundle: leave exported out")
         named = None if adapter is None else str(adapter)
         chosen = "auto" if backend == "auto" else backend
-        return from_bundle(base, named, device, chosen, max_batch, False)
+        return from_bundle(base, named, device, chosen, max_batch, trust)
     if exported is None:
         raise BackendError(
             f"backend {backend!r} runs an exported denoiser: make it with `dualdiff export onnx` "
             "and pass exported=FOLDER"
         )
     folder, target = Path(exported), request.device_of(device)
-    onnxruntime()
-    provider, _ = provider_of(target)
+    check_runtime(backend, target)
     artefacts = read_artefacts(folder)
     precision = exported_dtype(artefacts, dtype, folder)
     most = most_pairs(artefacts, request.max_batch_of(max_batch), target)
@@ -103,9 +153,8 @@ def from_pretrained(
             f"{told['sha256'][:12]}…) than {base} ({model.sha256[:12]}…): use that one, or export "
             "again"
         )
-    ops = ops_table(f"{provider}, {folder}", backend)
-    unet = OnnxDenoiser(model.unet_config, ops, artefacts, folder, target)
-    engine = Engine(model, ops, target, precision, most, unet=unet)
+    unet = denoiser(backend, model.unet_config, artefacts, folder, target, "as asked", trust)
+    engine = Engine(model, unet.ops, target, precision, most, unet=unet)
     if loaded is not None:
         engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
     else:
@@ -142,24 +191,27 @@ def from_bundle(
     target, why = choose_device(device)
     artefacts = read_artefacts(folder)
     most = most_pairs(artefacts, request.max_batch_of(max_batch), target)
-    if backend not in ("auto", "onnxruntime"):
-        raise BackendError(f"a bundle runs on backend onnxruntime, not {backend!r}")
-    provider, _ = provider_of(target)
-    ops = ops_table(f"{provider}: {why}", "onnxruntime")
+    if backend not in ("auto", "onnxruntime", "tensorrt"):
+        raise BackendError(f"a bundle runs on onnxruntime or tensorrt, not on {backend!r}")
+    if backend == "auto":
+        backend, reason = fastest(folder, artefacts, target)
+        why = f"{why}; {reason}"
+    check_runtime(backend, target)
     base = BundledBase(folder, artefacts)
+    unet = denoiser(backend, base.unet_config, artefacts, folder, target, why, trust)
     text = artefacts["text_encoder"]
     engine = Engine(
         base,
-        ops,
+        unet.ops,
         target,
         exported_dtype(artefacts, "auto", folder),
         most,
-        unet=OnnxDenoiser(base.unet_config, ops, artefacts, folder, target),
+        unet=unet,
         text_encoder=BundledText(base.load_tokenizer(), folder / "text_encoder.onnx", text, target),
         vae=BundledVae(folder, artefacts, target),
     )
     keep_all(engine, folder, artefacts, adapter or manifest["first"])
-    logger.info("%s runs by ONNX Runtime's %s: %s", folder, provider, why)
+    logger.info("%s runs by %s", folder, unet.ops.table[0].reason)
     return engine
 
 

@@ -171,6 +171,33 @@ def bundle(
     say(f"{out}: {len(manifest['files'])} files, adapters {', '.join(manifest['adapters'])}")
 
 
+@export.command()
+def tensorrt(
+    folder: Annotated[Path, typer.Argument(help="An export or bundle, in half precision.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Compute capability, as 8.9, for tensorrt-rtx; by default this GPU's."),
+    ] = None,
+    flavour: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"] | None, typer.Option(help="By default what is there.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Ends of the ranges of pairs.")] = "1,8,32,64",
+    refit: Annotated[
+        bool | None, typer.Option(help="Keep the adapter replaceable; by default with a GPU.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Build TensorRT engines of the denoiser graphs, beside them."""
+    _require("onnx")
+    from dualdiff_engine.export.tensorrt_build import BuildOptions, build
+
+    options = BuildOptions(flavour or "", tuple(target or ()), _numbers(batches), refit)
+    say = _say(quiet)
+    for built in build(folder, options, say):
+        kind = "refittable" if built.refittable else "for its adapter alone"
+        say(f"{folder / built.file}: {built.attentions} fused attentions, {kind}")
+
+
 @export.command("triton-server")
 def triton_server(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
