@@ -27,6 +27,7 @@ from dualdiff_engine.errors import (
     DualDiffError,
     SettingsError,
 )
+from dualdiff_engine.evaluation import command as evaluation
 from dualdiff_engine.settings import Background, NoiseMode, Prompts, Sampling
 from dualdiff_engine.stopping import INTERRUPTED, clean_stop
 from dualdiff_engine.training.command import train
@@ -132,6 +133,7 @@ def _fail(message: str) -> int:
 
 
 app.command()(train)
+app.add_typer(evaluation.app, name="eval")
 
 
 @app.callback()
