@@ -54,6 +54,8 @@ _OPTIONAL = {
     "onnxruntime": "onnx",
     "onnxruntime-gpu": "ort-gpu",
     "tensorrt": "tensorrt",
+    "torch-fidelity": "eval",
+    "lpips": "eval",
 }
 
 # `UsageError` of the click that this typer uses, its own copy or the package

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dualdiff_engine import cli
 from dualdiff_engine.demo.factory import make
 from dualdiff_engine.errors import DataError, SettingsError
-from dualdiff_engine.evaluation import downstream, report, tasks
+from dualdiff_engine.evaluation import demo, downstream, report, tasks
 from dualdiff_engine.evaluation.data import find_pairs
 from dualdiff_engine.evaluation.downstream import Material, Options, Task
 from dualdiff_engine.evaluation.network import UNet
+from dualdiff_engine.pair import Pair
 from evaluation_cases import blobs, good, write_real, write_run
 
 SMALL = Options(steps=30, batch=8, learning_rate=1e-2, seeds=(0, 1), size=32, widths=(4, 8, 16))
@@ -147,6 +150,19 @@ def test_mean_over_tasks_and_its_spread_are_of_seeds() -> None:
     assert "| **mean** | 8 generated | 0.700 ± 0.141 |" in table
 
 
+def test_headline_says_what_was_found() -> None:
+    def told(real: object, generated: object) -> str:
+        arms = {"real": real, "generated": generated, "ceiling": runs(0.9, 0.9)}
+        return report.headline({"a/x": {"arms": arms}})
+
+    real = runs(0.4, 0.5)
+    assert "ahead of 0.450 ± 0.071 on 8 real" in told(real, runs(0.7, 0.65))
+    assert "50% of the way to 0.900" in told(real, runs(0.7, 0.65))
+    # within the spread is no finding
+    assert "no different from" in told(real, runs(0.5, 0.5))
+    assert "behind" in told(real, runs(0.1, 0.1))
+
+
 def factory_run(root: Path, part: str, defect: str, count: int) -> Path:
     """Factory pictures in place of generated ones."""
     products = [make(part, defect, seed=n) for n in range(count)]
@@ -193,6 +209,72 @@ def test_no_picture_is_in_two_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sets = [m.images for m in (*task.arms.values(), task.test)] + [task.good, task.test_good]
     pictures = [image.tobytes() for images in sets for image in images]
     assert len(set(pictures)) == len(pictures) == 8 + 4 * 5
+
+
+def test_demo_record_of_all_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "GOOD", 3)
+    monkeypatch.setattr(tasks, "TEST", 3)
+    monkeypatch.setattr(demo, "draw", lambda *_: None)
+    for part, defect in (("tile", "chip"), ("fabric", "hole")):
+        factory_run(tmp_path / f"{part}-{defect}", part, defect, 4)
+    words = [str(tmp_path), "--out", str(tmp_path), "--count", "3", "--steps", "1", "--seeds", "3"]
+    demo.main([*words, "--only", "tile/chip"])
+    demo.main([*words, "--only", "tile/chip", "--only", "fabric/hole"])
+    record = json.loads((tmp_path / "downstream.json").read_text())
+    assert list(record["tasks"]) == ["fabric/hole", "tile/chip"]
+    assert record["tasks"]["tile/chip"]["source"]["pairs"] == 3
+    assert record["overall"]["arms"] == report.overall(record["tasks"])
+    measured = json.loads((tmp_path / "quality.json").read_text())["defects"]
+    assert list(measured) == ["fabric/hole", "tile/chip"]
+    assert measured["tile/chip"]["train"] == 8
+
+    def no_training(*_: object) -> None:
+        raise AssertionError("what is recorded is not trained again")
+
+    monkeypatch.setattr(demo, "run", no_training)
+    demo.main([*words, "--only", "tile/chip"])
+    with pytest.raises(AssertionError, match="not trained again"):
+        demo.main([*words, "--only", "tile/chip", "--steps", "2"])
+
+
+class DrawingEngine:
+    """Stands in for the engine: grey pairs, and what it was asked for."""
+
+    asked: list[tuple[list[int], bool]] = []  # noqa: RUF012
+
+    def __enter__(self) -> DrawingEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def load_adapter(self, *_: object) -> None:
+        pass
+
+    def stream(self, seeds: list[int], **options: object) -> Iterator[Pair]:
+        self.asked.append((seeds, "background" in options))
+        grey, mask = Image.new("RGB", (8, 8), "grey"), Image.new("L", (8, 8), 255)
+        for seed in seeds:
+            yield Pair(grey, grey, mask, seed, False, {"adapter": {"source": "a/b", "sha256": "c"}})
+
+
+def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dualdiff_engine.demo.presets import find
+    from dualdiff_engine.engine import Engine
+
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_: DrawingEngine())
+    monkeypatch.setattr(demo, "SHARED", 4)
+    demo.draw(find("tile/crack"), tmp_path, 6)
+    demo.draw(find("tile/crack"), tmp_path, 6)
+    demo.draw(find("tile/crack"), tmp_path, 9)
+    seeds = [0, 1, 2, 3], [4, 5], [6, 7], [8]
+    assert DrawingEngine.asked == [(some, True) for some in seeds]
+    rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").open()]
+    assert [row["seed"] for row in rows] == list(range(9))
+    wholes = [np.array(Image.open(tmp_path / f"object_mask/{n:05d}.png")) for n in range(9)]
+    # those of the part that lent its surroundings
+    for n, whole in enumerate(wholes):
+        assert np.array_equal(whole, make("tile", seed=n - n % 4).object_mask)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def quality(
     quiet: Quiet = False,
 ) -> None:
     """Agreement of the branches, masks, diversity, copies; with weights IS, FID, KID, IC-LPIPS."""
-    from dualdiff_engine.evaluation import data, records, report
+    from dualdiff_engine.evaluation import data, perceptual, records, report
 
     if out is not None:
         records.check_writable(out)
@@ -63,9 +63,9 @@ def quality(
     spoken = _progress(quiet)
     record = records.quality_record(found, real, extra, spoken)
     if inception is None:
-        spoken("IS, FID, KID: not measured, pass --inception weights-inception-2015-12-05-….pth")
+        spoken(f"IS, FID, KID: not measured, pass --inception {perceptual.INCEPTION_FILE}")
     if vgg is None and train is not None:
-        spoken("IC-LPIPS: not measured, pass --vgg vgg16-397923af.pth")
+        spoken(f"IC-LPIPS: not measured, pass --vgg {perceptual.VGG_FILE}")
     _finish({"pairs": str(pairs), **record}, report.quality(record), out, as_json, quiet)
 
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         _add_quality(files["quality"], preset, pairs)
         _add_downstream(files["downstream"], preset, pairs, options)
     tasks = _read(files["downstream"])["tasks"]
-    print(report.downstream(tasks))  # noqa: T201
+    print(report.downstream(tasks), report.headline(tasks), sep="\n\n")  # noqa: T201
 
 
 def draw(preset: Preset, folder: Path, count: int) -> None:

@@ -72,6 +72,28 @@ def gap_closed(found: Mapping[str, Mapping[str, Any]], metric: str) -> float | N
     return float((generated - real) / (ceiling - real)) if ceiling > real else None
 
 
+def headline(tasks: Mapping[str, Mapping[str, Any]], metric: str = "pixel_ap") -> str:
+    """Whether generated pairs beat the few real pictures, on the mean over tasks, in a sentence.
+
+    They do when they are ahead by more than the larger of both spreads over seeds.
+    """
+    found = overall(tasks)
+    real, generated = found["real"], found["generated"]
+    ahead = generated["mean"][metric] - real["mean"][metric]
+    noise = max(real["spread"][metric] or 0.0, generated["spread"][metric] or 0.0)
+    verdict = "ahead of" if ahead > noise else "behind" if ahead < -noise else "no different from"
+    reached, before = (_mean_and_spread(arm, metric) for arm in (generated, real))
+    sentence = (
+        f"Trained on generated pairs, mean {_HEADS[metric]} is {reached}: {verdict} {before} on "
+        f"{real['pictures']} real pictures"
+    )
+    closed = gap_closed(found, metric)
+    if closed is None:
+        return sentence + "."
+    ceiling = _mean_and_spread(found["ceiling"], metric)
+    return sentence + f", {closed:.0%} of the way to {ceiling} on as many real ones."
+
+
 def quality(record: Mapping[str, Any]) -> str:
     """Table of a quality record: a row per measure, a column per defect."""
     found: Mapping[str, Any] = record["defects"]
@@ -134,11 +156,12 @@ def _label(arm: str, count: int | str) -> str:
 
 
 def _cells(found: Mapping[str, Any]) -> list[str]:
-    cells = []
-    for name in METRICS:
-        spread = found["spread"][name]
-        cells.append(f"{found['mean'][name]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
-    return cells
+    return [_mean_and_spread(found, name) for name in METRICS]
+
+
+def _mean_and_spread(found: Mapping[str, Any], metric: str) -> str:
+    spread = found["spread"][metric]
+    return f"{found['mean'][metric]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def _by_seed(runs: Sequence[Sequence[Mapping[str, float]]], metric: str) -> list[float]:
