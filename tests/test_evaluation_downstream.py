@@ -253,9 +253,16 @@ class DrawingEngine:
 
     def stream(self, seeds: list[int], **options: object) -> Iterator[Pair]:
         self.asked.append((seeds, "background" in options))
-        grey, mask = Image.new("RGB", (8, 8), "grey"), Image.new("L", (8, 8), 255)
+        grey, mask = Image.new("RGB", (128, 128), "grey"), Image.new("L", (128, 128), 255)
         for seed in seeds:
-            yield Pair(grey, grey, mask, seed, False, {"adapter": {"source": "a/b", "sha256": "c"}})
+            yield Pair(
+                grey,
+                grey,
+                mask,
+                seed,
+                False,
+                {"adapter": {"source": "a/b.bin", "sha256": "c" * 64}},
+            )
 
 
 def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +271,7 @@ def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_: DrawingEngine())
     monkeypatch.setattr(demo, "SHARED", 4)
+    monkeypatch.setattr(demo, "_shipped", lambda preset: "c" * 8)
     demo.draw(find("tile/crack"), tmp_path, 6)
     demo.draw(find("tile/crack"), tmp_path, 6)
     demo.draw(find("tile/crack"), tmp_path, 9)
@@ -275,6 +283,10 @@ def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # those of the part that lent its surroundings
     for n, whole in enumerate(wholes):
         assert np.array_equal(whole, make("tile", seed=n - n % 4).object_mask)
+    # trained anew, it does not go with what the old one drew
+    monkeypatch.setattr(demo, "_shipped", lambda preset: "d" * 8)
+    with pytest.raises(DataError, match="holds pairs of another adapter: remove it"):
+        demo.draw(find("tile/crack"), tmp_path, 9)
 
 
 @pytest.mark.parametrize(

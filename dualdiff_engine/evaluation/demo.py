@@ -16,6 +16,7 @@ from typing import Any
 
 from dualdiff_engine import recipe
 from dualdiff_engine.demo.presets import BASE, PRESETS, Preset, find
+from dualdiff_engine.errors import DataError
 from dualdiff_engine.evaluation import records, report
 from dualdiff_engine.evaluation.data import Sample, find_pairs
 from dualdiff_engine.evaluation.downstream import METRICS, Options, run
@@ -54,12 +55,15 @@ def draw(preset: Preset, folder: Path, count: int) -> None:
     """Fill a run's folder up to `count` pairs of seeds 0, 1, 2, …
 
     Where the adapter takes surroundings, ten pairs each share those of one good part of the
-    factory, and `object_mask/` says where it is.
+    factory, and `object_mask/` says where it is. Raises DataError when the folder holds pairs of
+    another adapter.
     """
     from dualdiff_engine.output import MANIFEST, FolderWriter
 
     manifest = folder / MANIFEST
     done = manifest.read_bytes().count(b"\n") if manifest.is_file() else 0
+    if done and _adapter(find_pairs(folder, fewest=1)) != _shipped(preset):
+        raise DataError(f"{folder} holds pairs of another adapter: remove it, to draw new ones")
     if done >= count:
         return
     from dualdiff_engine.engine import Engine
@@ -115,8 +119,14 @@ def _ordered(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(pairs: list[Sample]) -> str:
-    """Folder and sha256 of the adapter that drew them, as `find_pairs` tells defects apart."""
-    return pairs[0].defect
+    """Start of the sha256 of the adapter that drew them; more than one are all told."""
+    return ", ".join(sorted({pair.defect.split()[-1] for pair in pairs}))
+
+
+def _shipped(preset: Preset) -> str:
+    from dualdiff_engine import adapters
+
+    return adapters.load(preset.adapter).sha256[:8]
 
 
 def _read(file: Path) -> dict[str, Any]:
