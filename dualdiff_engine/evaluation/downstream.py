@@ -38,7 +38,7 @@ class Options:
     side. widths: of the U-Net.
     """
 
-    steps: int = 400
+    steps: int = 300
     batch: int = 8
     learning_rate: float = 4e-3
     seeds: tuple[int, ...] = (0, 1, 2)
