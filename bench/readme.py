@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine.bench import report
+from dualdiff_engine.evaluation import report as evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 _SLOT = re.compile(r"(<!-- record (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -31,6 +32,11 @@ def section(path: Path) -> str:
     record = json.loads(path.read_text("utf-8"))
     if "rows" in record:
         return _masks(record["rows"])
+    if "tasks" in record:
+        tasks = record["tasks"]
+        return f"{evaluation.downstream(tasks)}\n\n{evaluation.headline(tasks)}"
+    if "defects" in record:
+        return evaluation.quality(record)
     return f"{report.markdown_table(record)}\n\n{report.headline(record)}."
 
 

@@ -55,6 +55,7 @@ from dualdiff_engine.errors import (
     DualDiffError,
     SettingsError,
 )
+from dualdiff_engine.evaluation import command as evaluation
 from dualdiff_engine.export.commands import register
 from dualdiff_engine.settings import Background, Prompts, Sampling
 from dualdiff_engine.stopping import INTERRUPTED, clean_stop
@@ -126,6 +127,7 @@ def _fail(message: str) -> int:
 
 
 app.command()(train)
+app.add_typer(evaluation.app, name="eval")
 
 
 @app.callback()

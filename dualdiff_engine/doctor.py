@@ -21,6 +21,8 @@ OPTIONAL = {
     "onnxruntime-gpu": "ort-gpu",
     "tensorrt": "tensorrt",
     "tensorrt-rtx-cu13": "tensorrt-rtx",
+    "torch-fidelity": "eval",
+    "lpips": "eval",
 }
 
 

@@ -102,9 +102,9 @@ class Engine:
         float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
         or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or onnxruntime or
         tensorrt, which run the denoiser of `exported`, a folder by `dualdiff export onnx`; trust:
-        also TensorRT engines that somebody else built. cuda_graph: replay from captured CUDA graphs;
-        by default where Triton serves attention on a GPU. max_batch: most pairs computed at once, by
-        default 4 on a CPU and 32 on a GPU.
+        also TensorRT engines that others built. cuda_graph: replay captured CUDA graphs, by default
+        where Triton serves attention on a GPU. max_batch: most pairs computed at once, by default 4
+        on a CPU and 32 on a GPU.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
         if backend in EXPORTED or exported is not None or Path(base, BUNDLE).is_file():

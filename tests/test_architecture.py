@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dualdiff_engine"
-OPTIONAL = ("triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "xformers", "matplotlib")
+OPTIONAL = (
+    *("triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "xformers"),
+    *("matplotlib", "torch_fidelity", "lpips"),
+)
 
 # what a module may import of ours; a longer prefix is more specific
 LAYERS = {

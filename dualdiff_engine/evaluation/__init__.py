@@ -1,0 +1,1 @@
+"""How good pairs are: measures without weights, published ones, and a downstream test."""

@@ -1,0 +1,89 @@
+"""Downstream tasks: from a user's real pictures, or from the factory of the demo."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dualdiff_engine.errors import DataError
+from dualdiff_engine.evaluation.data import (
+    Bytes,
+    Sample,
+    find_good,
+    find_real,
+    load_pictures,
+    load_reduced,
+)
+from dualdiff_engine.evaluation.downstream import Material, Task
+
+FEW = 8
+# of the factory, apart from each other, from training (one million) and the base (ten million on)
+CEILING_SEED, TEST_SEED, GOOD_SEED, TEST_GOOD_SEED = 2_000_000, 3_000_000, 4_000_000, 5_000_000
+GOOD = 100
+TEST = 100
+
+
+def user_task(
+    pairs: Sequence[Sample], real: Path, defect: str, size: int, few: int = FEW, more: int = 0
+) -> Task:
+    """Arms on `generated` pairs and on the first `few` `real` pictures by name.
+
+    real: folder in MVTec layout, with `train/good` and `test/good`. more: where not 0, the arm
+    `ceiling` trains on that many real pictures beyond the few. The pictures after these are tested
+    on, in all arms. Raises DataError before anything is decoded for training.
+    """
+    samples = find_real(real, defect)
+    good, test_good = find_good(real, "train"), find_good(real, "test")
+    if len(samples) < few + more + 2:
+        raise DataError(
+            f"{real}/test/{defect}: {len(samples)} pictures, {few + more} to train on leave "
+            f"{max(len(samples) - few - more, 0)} to test on, at least 2 are needed: train on fewer"
+        )
+    arms = {"real": _loaded(samples[:few], size), "generated": _loaded(pairs, size)}
+    if more:
+        arms["ceiling"] = _loaded(samples[: few + more], size)
+    test = _loaded(samples[few + more :], size)
+    return Task(arms, load_pictures(good, size), test, load_pictures(test_good, size))
+
+
+def factory_task(pairs: Sequence[Sample], part: str, defect: str, size: int) -> Task:
+    """Arms on `generated` pairs, the `real` pictures that the demo adapter was trained on, and a
+    `ceiling` of as many new ones as there are pairs with a mask.
+
+    They train with `GOOD` good pictures, and are tested on `TEST` defective ones, as many good.
+    """
+    generated = _loaded(pairs, size).marked()
+    ceiling = _made(part, defect, CEILING_SEED, len(generated), size)
+    with tempfile.TemporaryDirectory() as folder:
+        real = _loaded(training_samples(Path(folder), part, defect), size)
+    return Task(
+        {"real": real, "generated": generated, "ceiling": ceiling},
+        _made(part, None, GOOD_SEED, GOOD, size).images,
+        _made(part, defect, TEST_SEED, TEST, size),
+        _made(part, None, TEST_GOOD_SEED, TEST, size).images,
+    )
+
+
+def training_samples(folder: Path, part: str, defect: str) -> list[Sample]:
+    """The pictures that the demo's adapter of this defect was trained on, written to a folder."""
+    from dualdiff_engine.demo.factory import write_dataset
+    from dualdiff_engine.demo.train_adapters import DATA_SEED, PICTURES
+
+    write_dataset(folder, part, [defect], good=0, defective=PICTURES, seed=DATA_SEED)
+    return find_real(folder, defect)
+
+
+def _loaded(samples: Sequence[Sample], size: int) -> Material:
+    return Material(*load_reduced(samples, size))
+
+
+def _made(part: str, defect: str | None, seed: int, count: int, size: int) -> Material:
+    from dualdiff_engine.demo.factory import make
+    from dualdiff_engine.evaluation.data import reduced, reduced_mask
+
+    products = [make(part, defect, seed=seed + n) for n in range(count)]
+    images: Bytes = np.stack([reduced(product.image, size) for product in products])
+    return Material(images, np.stack([reduced_mask(p.mask > 0, size) for p in products]))
