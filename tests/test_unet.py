@@ -97,10 +97,12 @@ def test_shared_latents_are_computed_once(name: str) -> None:
     assert relative(shared, repeated) <= 1e-6
 
 
-def coupled(background: bool, backend: str = "reference") -> tuple[DualUNet, Tensor, Any, Any]:
+def coupled(
+    background: bool, backend: str = "reference", name: str = "sd1"
+) -> tuple[DualUNet, Tensor, Any, Any]:
     from dualdiff_engine.bench.case import RandomWeights, random_adapter
 
-    unet = diffusers_unet("sd1")
+    unet = diffusers_unet(name)
     base = RandomWeights({n: tuple(t.shape) for n, t in unet.state_dict().items()}, seed=3)
     adapter = random_adapter(base, background=background, rank=4)
     config = UNetConfig.from_dict(unet.config)
@@ -162,9 +164,9 @@ def test_other_families_are_refused(change: dict[str, Any], message: str) -> Non
         UNetConfig.from_dict(config)
 
 
-@pytest.mark.parametrize("backend", ["auto", "onednn", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_torch_compile_takes_the_network_in_one_graph(backend: str) -> None:
-    unet, *arguments = coupled(False, backend)
+    unet, *arguments = coupled(False, backend, "deep-transformers")
     exact = unet(*arguments)
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
