@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,11 @@ class ExportedDenoiser(DualUNet):
 
     def missing(self) -> list[str]:
         return []
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        """Moved is nothing; what runs is dropped, as an engine does when it is closed."""
+        self._runners.clear()
+        return super().to(*args, **options)
 
     def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
         return [(timestep.float().reshape(1),) for timestep in timesteps]

@@ -37,7 +37,8 @@ def as_operator(
         shape=input.shape,
         version=VERSION,
     )
-    return output
+    # the exporter puts what it does not know on the CPU; graphs are traced on the meta device
+    return output.to(input.device)
 
 
 def with_body(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small import small_engine
 
-from support import golden_engine
+from support import DATA, golden_engine
 
 pytest.importorskip("onnxscript")
 
@@ -51,12 +53,54 @@ def exported(request: pytest.FixtureRequest) -> Any:
     return get
 
 
+@pytest.fixture(scope="session")
+def exported_small(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Any:
+    """exported_small(channels, background=, **options): as `exported`, of a small network."""
+    kept = Path(request.config.cache.mkdir(f"exports-{code()}"))
+
+    def get(channels: tuple[int, ...], *, background: bool = False, **options: Any) -> Path:
+        from dualdiff_engine.export import onnx_export
+
+        said = json.dumps([channels, background, sorted(options.items())])
+        folder = kept / hashlib.sha256(said.encode()).hexdigest()[:16]
+        if not folder.exists():
+            base = tmp_path_factory.mktemp("base") / "base"
+            engine = small_engine(base, channels, background=background)
+            onnx_export.export_onnx(engine, folder, onnx_export.Options(**options))
+        return folder
+
+    return get
+
+
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Any:
     """copy_of(folder): the same export, to be damaged."""
-    import shutil
 
     def copy(folder: Path) -> Path:
         return Path(shutil.copytree(folder, tmp_path / "copy"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def bundle(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """bundle(case): written from an export that is there, so that nothing is traced twice."""
+
+    def get(name: str) -> Path:
+        from dualdiff_engine.export import onnx_export
+        from dualdiff_engine.export.bundle import write_bundle
+
+        out = tmp_path_factory.getbasetemp() / f"bundle-{name}"
+        if not out.exists():
+
+            def reuse(engine: Any, folder: Path, *_: Any) -> None:
+                shutil.copytree(exported(name), folder, dirs_exist_ok=True)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(onnx_export, "write_folder", reuse)
+                write_bundle(
+                    DATA / name / "model", [DATA / name / "adapter"], out, allow_pickle=True
+                )
+        return out
+
+    return get

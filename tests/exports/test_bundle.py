@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,10 @@ from test_onnxruntime import PICTURES, other_adapter
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import onnx_export
-from dualdiff_engine.export.bundle import add_adapter, write_bundle
+from dualdiff_engine.export.bundle import add_adapter
 from dualdiff_engine.export.verify import verify_bundle
 from support import DATA, Golden
 from test_golden import run_pipeline
-
-
-@pytest.fixture(scope="session")
-def bundle(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """bundle(case): written from an export that is there, so that nothing is traced twice."""
-
-    def get(name: str) -> Path:
-        out = tmp_path_factory.getbasetemp() / f"bundle-{name}"
-        if not out.exists():
-
-            def reuse(engine: Engine, folder: Path, *_: Any) -> None:
-                shutil.copytree(exported(name), folder, dirs_exist_ok=True)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(onnx_export, "write_folder", reuse)
-                write_bundle(
-                    DATA / name / "model", [DATA / name / "adapter"], out, allow_pickle=True
-                )
-        return out
-
-    return get
 
 
 @pytest.fixture

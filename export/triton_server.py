@@ -1,0 +1,112 @@
+"""A bundle as a model of NVIDIA's Triton Inference Server: repository, config, warm-up."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.export.bundle import check_files, read_manifest
+from dualdiff_engine.export.onnx_export import new_folder
+
+# a file of the model's warmup folder: the number one, as INT32
+ONE = "one"
+MODEL = Path(__file__).with_name("triton_model.py")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How to serve.
+
+    max_batch: pairs that requests are joined to. delay_us: how long they may wait for one another.
+    instances: per device.
+    """
+
+    name: str = "dualdiff"
+    device: str = "gpu"
+    instances: int = 1
+    max_batch: int = 8
+    delay_us: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.name):
+            raise SettingsError(
+                f"a model's name is letters, digits, and ._- within; got {self.name!r}"
+            )
+        if self.device not in ("cpu", "gpu"):
+            raise SettingsError(f"device must be cpu or gpu, got {self.device!r}")
+        if min(self.instances, self.max_batch) < 1 or self.delay_us < 0:
+            raise SettingsError("instances and max_batch must be at least 1, delay_us 0")
+
+
+def write_repository(bundle: str | Path, out: str | Path, serving: Serving | None = None) -> None:
+    """Write OUT/NAME/config.pbtxt, OUT/NAME/1/model.py and the bundle beside it.
+
+    Raises BackendError when the bundle is damaged or was exported for smaller batches.
+    """
+    bundle, serving = Path(bundle), serving or Serving()
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest, hashes=True)
+    if serving.max_batch > manifest["max_batch"]:
+        raise BackendError(
+            f"max_batch {serving.max_batch} is above the {manifest['max_batch']} of {bundle}: pass "
+            "less, or write the bundle with a larger --max-batch"
+        )
+    with new_folder(Path(out)) as folder:
+        version = folder / serving.name / "1"
+        version.mkdir(parents=True)
+        (folder / serving.name / "config.pbtxt").write_text(config(manifest, serving), "utf-8")
+        warmup = folder / serving.name / "warmup"
+        warmup.mkdir()
+        (warmup / ONE).write_bytes((1).to_bytes(4, "little"))
+        shutil.copyfile(MODEL, version / "model.py")
+        shutil.copytree(bundle, version / "bundle")
+
+
+def config(manifest: dict[str, Any], serving: Serving) -> str:
+    """config.pbtxt, as of the server's model_config.proto."""
+    background = manifest["adapters"][manifest["first"]]["background"]
+    inputs = [
+        ("SEED", "TYPE_INT64", "1", False),
+        ("STEPS", "TYPE_INT32", "1", True),
+        ("GUIDANCE", "TYPE_FP32", "1", True),
+        ("ADAPTER", "TYPE_STRING", "1", True),
+        ("BACKGROUND", "TYPE_UINT8", "-1, -1, 3", not background),
+    ]
+    outputs = [
+        ("IMAGE", "TYPE_UINT8", "-1, -1, 3"),
+        ("ANOMALY", "TYPE_UINT8", "-1, -1, 3"),
+        ("MASK", "TYPE_UINT8", "-1, -1"),
+        ("RECIPE", "TYPE_STRING", "1"),
+    ]
+    parts = [
+        f'name: "{serving.name}"\nbackend: "python"\nmax_batch_size: {serving.max_batch}',
+        *(
+            f'input [ {{ name: "{name}" data_type: {kind} dims: [ {dims} ] '
+            f"optional: {str(optional).lower()} }} ]"
+            for name, kind, dims, optional in inputs
+        ),
+        *(
+            f'output [ {{ name: "{name}" data_type: {kind} dims: [ {dims} ] }} ]'
+            for name, kind, dims in outputs
+        ),
+        f"instance_group [ {{ count: {serving.instances} kind: KIND_{serving.device.upper()} }} ]",
+        f"dynamic_batching {{ max_queue_delay_microseconds: {serving.delay_us} }}",
+        _warmup(background),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _warmup(background: bool) -> str:
+    """One pair in one step before the model is ready: sessions are built, kernels chosen."""
+    inputs = {
+        "SEED": "data_type: TYPE_INT64 dims: [ 1 ] zero_data: true",
+        "STEPS": f'data_type: TYPE_INT32 dims: [ 1 ] input_data_file: "{ONE}"',
+    }
+    if background:
+        inputs["BACKGROUND"] = "data_type: TYPE_UINT8 dims: [ 64, 64, 3 ] zero_data: true"
+    lines = [f'  inputs {{ key: "{name}" value {{ {what} }} }}' for name, what in inputs.items()]
+    return 'model_warmup [ {\n  name: "one pair"\n  batch_size: 1\n' + "\n".join(lines) + "\n} ]"
