@@ -11,7 +11,7 @@ import pytest
 from dualdiff_engine.bench import gpu_parts, gpu_suite
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(1200)
 def test_every_part_runs_to_its_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         gpu_suite.main(["--interpret", "--output", str(tmp_path)])

@@ -12,7 +12,7 @@ FP32 = 5e-6
 
 def test_auto_takes_no_kernel_that_was_not_measured() -> None:
     table = {row.op: row for row in bind("auto").table}
-    assert table["exchange"].backend == "onednn"
+    assert all(row.backend != "triton" for row in table.values())
     assert "not triton: interpreted kernels are for tests" in table["attention"].reason
 
 
