@@ -78,7 +78,7 @@ def fastest(
 ) -> tuple[str, str]:
     """(backend, why) of a bundle: TensorRT where engines for this GPU were built beside it."""
     if device.type != "cuda":
-        return "onnxruntime", "TensorRT needs a GPU"
+        return "onnxruntime", ""
     try:
         tensorrt_api.installed()
         for graph in artefacts.keys() & set(GRAPHS):
@@ -100,11 +100,11 @@ def denoiser(
     """What runs the graphs of a folder; its ops say how and why."""
     if backend == "tensorrt":
         flavour = tensorrt_api.installed()
-        ops = ops_table(f"{flavour}, {folder}: {why}", backend)
+        ops = ops_table(f"{flavour}: {why}", backend)
         return TensorrtDenoiser(
             config, ops, artefacts, folder, device, flavour=flavour, trust=trust
         )
-    ops = ops_table(f"{provider_of(device)[0]}, {folder}: {why}", backend)
+    ops = ops_table(f"{provider_of(device)[0]}: {why}", backend)
     return OnnxDenoiser(config, ops, artefacts, folder, device)
 
 
@@ -195,7 +195,7 @@ def from_bundle(
         raise BackendError(f"a bundle runs on onnxruntime or tensorrt, not on {backend!r}")
     if backend == "auto":
         backend, reason = fastest(folder, artefacts, target)
-        why = f"{why}; {reason}"
+        why = f"{why}; {reason}" if reason else why
     check_runtime(backend, target)
     base = BundledBase(folder, artefacts)
     unet = denoiser(backend, base.unet_config, artefacts, folder, target, why, trust)

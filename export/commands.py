@@ -60,7 +60,7 @@ def _say(quiet: bool) -> Any:
 
 def _numbers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
-        raise SettingsError(f"--batches must be numbers like 1,2,3, got {text!r}")
+        raise SettingsError(f"batch sizes must be numbers like 1,2,3, got {text!r}")
     return tuple(int(part) for part in text.split(","))
 
 

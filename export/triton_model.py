@@ -35,9 +35,11 @@ class TritonPythonModel:
         answers: dict[int, Any] = {}
         for index, request in enumerate(requests):
             try:
-                groups.setdefault(_wishes(request), []).append((index, _seeds(request)))
+                seeds, wishes = _seeds(request), _wishes(request)
             except ValueError as error:
                 answers[index] = _refusal(error)
+                continue
+            groups.setdefault(wishes, []).append((index, seeds))
         for members in groups.values():
             answers |= self._draw(requests[members[0][0]], members)
         return [answers[index] for index in range(len(requests))]
