@@ -115,8 +115,9 @@ def checks(setting: Setting, record: Record) -> Iterator[str]:
         yield from op_checks.operators(device, interpreted=interpreted)
         with torch.inference_mode():
             yield from op_checks.graphs(network, device, setting.dtype)
-            yield from op_checks.accuracy(setting.model, device)
+            # every dtype is interpreted by the tests of the kernels
             dtypes = (torch.float32,) if interpreted else op_checks.DTYPES
+            yield from op_checks.accuracy(setting.model, device, dtypes)
             yield from op_checks.network(network, device, dtypes)
 
     for row in rows():

@@ -42,9 +42,11 @@ ODD = (
 ROOM = 2.0
 
 
-def accuracy(model: str, device: torch.device) -> Iterator[Row]:
+def accuracy(
+    model: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES
+) -> Iterator[Row]:
     """Odd shapes and those of the network at one pair, in every dtype."""
-    for dtype in DTYPES:
+    for dtype in dtypes:
         traced = trace(model, 1) | trace(model, 1, background=True)
         for spec in (*ODD, *traced):
             yield _row(spec.op, "fp64", dtype, spec.label, **_against_fp64(spec, device, dtype))
