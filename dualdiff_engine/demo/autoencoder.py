@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dualdiff_engine.demo.fields import SIZE, Bytes
 
-STEPS, CROP_STEPS, REFINING_STEPS = 2400, 2000, 1500
+STEPS, CROP_STEPS, REFINING_STEPS = 1000, 860, 600
 CROP, BATCH, WHOLE_BATCH = 64, 16, 4
-RATE, REFINING_RATE = 1.5e-3, 7e-4
+RATE, REFINING_RATE = 2e-3, 1e-3
 # per latent number; holds the posterior's deviation near a tenth of the latents'
 DIVERGENCE = 1e-3
 EDGES = 1.0
@@ -27,7 +27,7 @@ def build() -> Any:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(24, 48, 64),
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,

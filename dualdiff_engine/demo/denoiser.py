@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dualdiff_engine.demo.fields import SIZE
 
 STEPS, BATCH, RATE = 2400, 16, 1e-3
 AVERAGING = 0.998
+# signal-to-noise ratio above which a timestep counts less
+LARGEST_SNR = 5.0
 EMPTY_PROMPTS = 0.1
 WIDTH, TOKENS = 64, 16
 # one token each; any other word is spelled, letter by letter
@@ -118,11 +119,14 @@ def train(
     """Train both in place, to the running average of their weights. Returns the last mean loss.
 
     latents fp32 [n, 4, h, w]; tokens int64 [n, L]; empty int64 [L], the empty prompt's. Mean
-    squared error of the predicted noise at uniform timesteps (Ho et al. 2020).
+    squared error of the predicted noise at uniform timesteps (Ho et al. 2020), one from every
+    sixteenth of them in a batch, weighted by min(SNR, 5) / SNR (Hang et al. 2023).
     """
     from diffusers import DDPMScheduler
 
     noiser = DDPMScheduler.from_config({**SCHEDULER, "_class_name": "DDPMScheduler"})
+    kept = noiser.alphas_cumprod
+    weights = (LARGEST_SNR * (1 - kept) / kept).clamp(max=1)
     generator = torch.Generator().manual_seed(seed)
     unet.train().to(memory_format=torch.channels_last)
     modules = torch.nn.ModuleList([unet, text.train()])
@@ -135,11 +139,11 @@ def train(
         clean, words = latents[chosen], tokens[chosen].clone()
         words[torch.rand(BATCH, generator=generator) < EMPTY_PROMPTS] = empty
         noise = torch.randn(clean.shape, generator=generator)
-        times = torch.randint(1000, (BATCH,), generator=generator)
+        places = torch.arange(BATCH) + torch.rand(BATCH, generator=generator)
+        times = (places * (len(kept) / BATCH)).long()
         noised = noiser.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(noised, times, text(words)[0]).sample
-        loss = F.mse_loss(predicted.float(), noise)
+        errors = (unet(noised, times, text(words)[0]).sample - noise).square().mean((1, 2, 3))
+        loss = (weights[times] * errors).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)

@@ -23,6 +23,8 @@ from dualdiff_engine.settings import require_seed
 LEAST_SHARE = 0.3
 # deviation of the camera's noise, of full scale
 CAMERA_NOISE = 0.006
+# how much of a defect's contrast shows, from faint to plain
+STRENGTH = (0.25, 0.85)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def make(part: str, defect: str | None = None, *, seed: int) -> Product:
     if defect is None:
         return Product(good, good, np.zeros((SIZE, SIZE), np.uint8), object_mask)
     changed, share = _damaged(part, defect, scene, seed)
-    mixed = plain + share[..., None] * (changed - plain)
+    strength = _generator("strength", part, seed).uniform(*STRENGTH)
+    mixed = plain + strength * share[..., None] * (changed - plain)
     mask = np.where(share > 0, 255, 0).astype(np.uint8)
     image = np.where(mask[..., None] > 0, _developed(mixed, camera), good)
     return Product(image, good, mask, object_mask)

@@ -1,7 +1,8 @@
 """Recipe of the demo base: `python -m dualdiff_engine.demo.train_base OUTPUT`.
 
-Writes a diffusers Stable Diffusion folder and `training.json`, the record. Autoencoder and denoiser
-are two stages; one whose folder is there is not run again. Runs on the CPU, which it was made for.
+Writes a diffusers Stable Diffusion folder and `training.json`, the record, in three stages: the
+autoencoder, the denoiser on its latents, and the decoder once more. A stage that is recorded is not
+run again; the last two can run at the same time (`--stage`). Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -26,19 +27,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", action="append", choices=STAGES, help="only this one")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     output: Path = options.output
-    if not (output / "vae").exists():
-        _record(output, "autoencoder", _train_autoencoder(output, options.seed), options)
-    if not (output / "unet").exists():
-        _record(output, "denoiser", _train_denoiser(output, options.seed), options)
+    for stage in options.stage or STAGES:
+        if stage not in _recorded(output):
+            _record(output, stage, STAGES[stage](output, options.seed), options)
+
+
+def _recorded(output: Path) -> dict[str, Any]:
+    path = output / "training.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _record(output: Path, stage: str, made: dict[str, Any], options: argparse.Namespace) -> None:
     path = output / "training.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = _recorded(output)
     record[stage] = {
         **made,
         "seed": options.seed,
@@ -50,31 +56,53 @@ def _record(output: Path, stage: str, made: dict[str, Any], options: argparse.Na
 
 def _train_autoencoder(output: Path, seed: int) -> dict[str, Any]:
     start = time.monotonic()
-    pictures = autoencoder.as_tensor(material.any_pictures(AUTOENCODER_PICTURES, 2 * seed))
-    unseen = autoencoder.as_tensor(material.any_pictures(TEST_PICTURES, 2 * seed + 1))
+    pictures = _pictures(seed)
     torch.manual_seed(seed)
     vae = autoencoder.build()
     losses = autoencoder.train(vae, pictures, seed, tqdm.write)
     autoencoder.normalise(vae, pictures[:512])
-    refined = autoencoder.refine(vae, pictures, seed, tqdm.write)
     vae.half().save_pretrained(output / "vae")
     return {
         "pictures": len(pictures),
         "steps": autoencoder.STEPS,
-        "refining_steps": autoencoder.REFINING_STEPS,
         "seconds": round(time.monotonic() - start),
         "losses": {name: round(value, 5) for name, value in losses.items()},
-        "refined_l1": round(refined, 5),
-        "unseen_psnr_db": round(autoencoder.error(vae.float(), unseen), 2),
+        "unseen_psnr_db": _unseen_psnr(vae, seed),
     }
 
 
-def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
+def _refine_decoder(output: Path, seed: int) -> dict[str, Any]:
+    start = time.monotonic()
+    vae = _load_autoencoder(output)
+    refined = autoencoder.refine(vae, _pictures(seed), seed, tqdm.write)
+    vae.half().save_pretrained(output / "vae")
+    return {
+        "steps": autoencoder.REFINING_STEPS,
+        "seconds": round(time.monotonic() - start),
+        "l1": round(refined, 5),
+        "unseen_psnr_db": _unseen_psnr(vae, seed),
+    }
+
+
+def _pictures(seed: int) -> torch.Tensor:
+    return autoencoder.as_tensor(material.any_pictures(AUTOENCODER_PICTURES, 2 * seed))
+
+
+def _unseen_psnr(vae: Any, seed: int) -> float:
+    unseen = autoencoder.as_tensor(material.any_pictures(TEST_PICTURES, 2 * seed + 1))
+    return round(autoencoder.error(vae.float(), unseen), 2)
+
+
+def _load_autoencoder(output: Path) -> Any:
+    """As the engine will read it: rounded to half precision."""
     from diffusers import AutoencoderKL
 
+    return AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).eval()
+
+
+def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
     start = time.monotonic()
-    # as the engine will read it: rounded to half precision
-    vae = AutoencoderKL.from_pretrained(output / "vae", torch_dtype=torch.float32).eval()
+    vae = _load_autoencoder(output)
     pictures, prompts = zip(*material.good_pictures(DENOISER_PICTURES, 2 * seed + 2), strict=True)
     latents = autoencoder.encode(vae, autoencoder.as_tensor(list(pictures)))
     denoiser.write_tokenizer(output / "tokenizer")
@@ -87,7 +115,6 @@ def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
     text.half().save_pretrained(output / "text_encoder")
     _write_json(output / "scheduler" / "scheduler_config.json", denoiser.SCHEDULER)
     _write_json(output / "model_index.json", _INDEX)
-    # last, as it marks the stage as done
     unet.half().save_pretrained(output / "unet")
     return {
         "pictures": len(pictures),
@@ -98,6 +125,11 @@ def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
     }
 
 
+STAGES = {
+    "autoencoder": _train_autoencoder,
+    "denoiser": _train_denoiser,
+    "decoder": _refine_decoder,
+}
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
