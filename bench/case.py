@@ -1,8 +1,9 @@
-"""What is benchmarked: a network with random weights, its inputs, and nothing downloaded."""
+"""What is benchmarked: the demo's network or one with random weights, and its inputs."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine import adapters, weights
+from dualdiff_engine.base_model import TensorFile
+from dualdiff_engine.demo.presets import BASE, PRESETS
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.model.blocks import ResnetBlock
 from dualdiff_engine.model.config import UNetConfig
@@ -60,7 +63,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
     },
 }
+# the demo's network and one of its adapters, as they ship
+DEMO = "demo"
+MODELS[DEMO] = json.loads((BASE / "unet" / "config.json").read_text("utf-8"))
+# pixels of a latent's side
+SCALE = {model: 4 if model == DEMO else 8 for model in MODELS}
 WHY = {
+    DEMO: "the demo model at 128 px, trained: the full network takes minutes per step here",
     "sd15": "the full SD-1.5 network",
     "small": "SD-1.5 at a fifth of its width, 192 px: the full network takes minutes per step here",
     "tiny": "two levels, 32 px: what interpreted kernels can do",
@@ -72,7 +81,7 @@ class Case:
     """One benchmark case; every peer makes its weights and inputs from it alone.
 
     batch: pairs per step. steps: denoiser calls of the schedule, of which some are timed. height,
-    width: latent size.
+    width: latent size. scale: pixels of a latent's side.
     """
 
     model: str
@@ -83,6 +92,7 @@ class Case:
     guidance: float
     background: bool
     seed: int
+    scale: int = 8
 
     @property
     def timesteps(self) -> Tensor:
@@ -148,7 +158,7 @@ def diffusers_unet(model: str) -> Any:
         raise BackendError("this peer needs diffusers: pip install diffusers") from error
 
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**MODELS[model])
+        unet: Any = UNet2DConditionModel.from_config(MODELS[model])
     return unet.eval().requires_grad_(False)
 
 
@@ -179,6 +189,21 @@ class RandomWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def base_weights(model: str, seed: int) -> Mapping[str, Tensor]:
+    """The tensors of a diffusers UNet by name, each read or drawn when asked for."""
+    if model == DEMO:
+        return TensorFile(BASE / "unet" / "diffusion_pytorch_model.safetensors")
+    return RandomWeights.of(model, seed)
+
+
+def adapter_of(model: str, seed: int, *, background: bool) -> adapters.Adapter:
+    """An adapter that fits the model."""
+    if model != DEMO:
+        return random_adapter(RandomWeights.of(model, seed), background=background)
+    preset = next(preset for preset in PRESETS.values() if preset.background == background)
+    return adapters.load(preset.adapter)
 
 
 def random_adapter(base: RandomWeights, *, background: bool, rank: int = RANK) -> adapters.Adapter:

@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
         "time that a step can take, counted. Each has its --help.",
     )
     p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
-    p.add_argument("--model", choices=("small", "sd15"), help="default: sd15 on a GPU, else small")
+    p.add_argument(
+        "--model", choices=("demo", "small", "sd15"), help="default: sd15 on a GPU, else demo"
+    )
     p.add_argument("--steps", type=int, help="denoiser calls of the schedule (default 100 or 50)")
     p.add_argument("--rounds", type=int, default=3, help="timed steps per peer (default 3)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
@@ -90,14 +92,15 @@ def _names(given: str, known: Sequence[str], what: str) -> list[str]:
 
 def _case(options: argparse.Namespace, on_gpu: bool) -> Case:
     """The case that the options describe. Raises SettingsError."""
-    from dualdiff_engine.bench.case import MODELS, Case
+    from dualdiff_engine.bench.case import MODELS, SCALE, Case
 
-    model = options.model or ("sd15" if on_gpu else "small")
+    model = options.model or ("sd15" if on_gpu else "demo")
+    scale = SCALE[model]
     for name, low in (("batch", 1), ("rounds", 1), ("seed", 0)):
         if getattr(options, name) < low:
             raise SettingsError(f"--{name} must be at least {low}")
     steps = options.steps if options.steps is not None else (50 if options.background else 100)
-    size = options.size if options.size is not None else MODELS[model]["sample_size"] * 8
+    size = options.size if options.size is not None else MODELS[model]["sample_size"] * scale
     if not 1 <= steps <= 1000 or not 64 <= size <= 2048 or size % 8:
         raise SettingsError("--steps must be 1 to 1000, --size a multiple of 8 from 64 to 2048")
     if options.guidance <= 1:
@@ -106,11 +109,12 @@ def _case(options: argparse.Namespace, on_gpu: bool) -> Case:
         model=model,
         batch=options.batch,
         steps=steps,
-        height=size // 8,
-        width=size // 8,
+        height=size // scale,
+        width=size // scale,
         guidance=options.guidance,
         background=options.background,
         seed=options.seed,
+        scale=scale,
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dualdiff_engine import memory, ops, request
 from dualdiff_engine.bench import machine, measure, report, timing
-from dualdiff_engine.bench.case import MODELS, WHY
+from dualdiff_engine.bench.case import MODELS, SCALE, WHY
 from dualdiff_engine.bench.op_cases import Problem, Spec, problem, trace, work
 from dualdiff_engine.errors import SettingsError
 
@@ -233,7 +233,9 @@ def parser() -> argparse.ArgumentParser:
         "with its error to fp64. Calls, shapes and counts are traced from the network.",
     )
     p.add_argument("--batch", type=int, help="pairs per step (default: 32 on a GPU, else 1)")
-    p.add_argument("--model", choices=("small", "sd15"), help="default: sd15 on a GPU, else small")
+    p.add_argument(
+        "--model", choices=("demo", "small", "sd15"), help="default: sd15 on a GPU, else demo"
+    )
     p.add_argument(
         "--background", action="store_true", help="the calls of a step with a background"
     )
@@ -254,7 +256,7 @@ def main(arguments: Sequence[str]) -> None:
     device = request.device_of(options.device)
     on_gpu = device.type == "cuda"
     dtype = request.dtype_of(options.dtype or ("bfloat16" if on_gpu else "float32"), device)
-    model = options.model or ("sd15" if on_gpu else "small")
+    model = options.model or ("sd15" if on_gpu else "demo")
     pairs = options.batch if options.batch is not None else (32 if on_gpu else 1)
     chosen = [name.strip() for name in options.ops.split(",")]
     if unknown := [name for name in chosen if name not in ops.NAMES]:
@@ -274,7 +276,7 @@ def main(arguments: Sequence[str]) -> None:
         calls, device, dtype, rounds=options.rounds,
         compile=on_gpu if options.compile is None else options.compile,
     )  # fmt: skip
-    size = MODELS[model]["sample_size"] * 8
+    size = MODELS[model]["sample_size"] * SCALE[model]
     case = {"model": model, "batch": pairs, "size": size, "background": options.background}
     record = {**machine.facts(device), "case": case, **found}
     print(table(record["rows"]), "", LEGEND, sep="\n")

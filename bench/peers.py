@@ -15,9 +15,10 @@ from dualdiff_engine import weights
 from dualdiff_engine.bench.case import (
     Case,
     RandomWeights,
+    adapter_of,
+    base_weights,
     diffusers_unet,
     network_config,
-    random_adapter,
 )
 from dualdiff_engine.bench.ported import PortedUNet, merged, sdpa
 from dualdiff_engine.bench.released import ReleasedUNet
@@ -51,22 +52,21 @@ def noised(case: Case, inputs: dict[str, Tensor], index: int) -> Tensor:
 def base_tensors(
     model: str, seed: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    base = RandomWeights.of(model, seed)
+    base = base_weights(model, seed)
     return {name: x.to(device, dtype) for name, x in all_at_once(base, device).items()}
 
 
-def all_at_once(base: RandomWeights, device: torch.device) -> Mapping[str, Tensor]:
+def all_at_once(base: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
     """On a GPU's host, which has memory to spare, weights are drawn together."""
-    return base.drawn() if device.type == "cuda" else base
+    return base.drawn() if isinstance(base, RandomWeights) and device.type == "cuda" else base
 
 
 @functools.lru_cache(maxsize=2)
 def folded_tensors(
     model: str, seed: int, background: bool, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    named = RandomWeights.of(model, seed)
-    adapter = random_adapter(named, background=background)
-    base = all_at_once(named, device)
+    adapter = adapter_of(model, seed, background=background)
+    base = all_at_once(base_weights(model, seed), device)
     network = weights.fold_network(base, device, dtype)
     return network | weights.fold_sites(base, adapter.sites, device, dtype)
 
@@ -84,8 +84,7 @@ class Released:
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         self.case, self.inputs = case, case.inputs(device)
-        base = RandomWeights.of(case.model, case.seed)
-        adapter = random_adapter(base, background=case.background)
+        adapter = adapter_of(case.model, case.seed, background=case.background)
         self.unet = ReleasedUNet(
             filled_unet(case, device, torch.float32), adapter_on(adapter, device)
         )
@@ -146,9 +145,8 @@ class Eager:
         self.case, self.dtype = case, dtype
         self.inputs = case.inputs(device)
         unet = filled_unet(case, device, dtype)
-        base = RandomWeights.of(case.model, case.seed)
-        adapter = adapter_on(random_adapter(base, background=case.background), device)
-        weights = merged(base, adapter, unet.conv_in.weight)
+        adapter = adapter_on(adapter_of(case.model, case.seed, background=case.background), device)
+        weights = merged(base_weights(case.model, case.seed), adapter, unet.conv_in.weight)
         self.unet = PortedUNet(unet, adapter_on(adapter, dtype), weights, self.attend)
         # a prompt for every row: [2 branches, 2 rows, B] flat
         context = self.inputs["context"].to(dtype)

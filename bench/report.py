@@ -53,9 +53,11 @@ def headline(record: Record) -> str:
     """What was run, on what, in one line."""
     case = record["case"]
     background = "with background" if case["background"] else "plain"
+    # older records are of Stable Diffusion's own VAE
+    height, width = (case[side] * case.get("scale", 8) for side in ("height", "width"))
     rates = ", ".join(f"{k} {v / 1e9:,.0f}" for k, v in record["product_flops_per_s"].items())
     return (
-        f"{case['model']}, {case['batch']} pair(s), {case['height'] * 8}x{case['width'] * 8} px, "
+        f"{case['model']}, {case['batch']} pair(s), {height}x{width} px, "
         f"{background}, guidance {case['guidance']:g}, schedule of {case['steps']} calls; "
         f"{record['device_name']}, {record['cores']} cores, torch {record['versions']['torch']}, "
         f"commit {record['commit']}; matrix products: {rates} GFLOP/s"

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualdiff_engine.bench import op_bench
-from dualdiff_engine.bench.case import MODELS
+from dualdiff_engine.bench.case import MODELS, SCALE
 from dualdiff_engine.bench.op_cases import Work, trace, work
 from dualdiff_engine.errors import SettingsError
 
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
         "dualdiff-bench roofline", description=__doc__.partition("\n")[0].partition(": ")[2]
     )
     p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
-    p.add_argument("--model", choices=("small", "sd15"), default="sd15")
+    p.add_argument("--model", choices=("demo", "small", "sd15"), default="sd15")
     p.add_argument("--background", action="store_true", help="with its shares kept")
     p.add_argument("--dtype", choices=op_bench.DTYPES, default="bfloat16")
     p.add_argument("--products", type=float, default=PRODUCTS, help=f"TFLOP/s ({PRODUCTS:g})")
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     dtype = getattr(torch, o.dtype)
     found = step(o.model, o.batch, background=o.background, dtype=dtype, rates=rates)
     kind = "with background" if o.background else "plain"
-    side = MODELS[o.model]["sample_size"] * 8
+    side = MODELS[o.model]["sample_size"] * SCALE[o.model]
     print(
         f"{o.model}, {o.batch} pairs, {side} px, {kind}, {o.dtype}, at {o.products:g} TFLOP/s, "
         f"{o.copy:g} TB/s and {o.exponentials:g}e12 exponentials/s"

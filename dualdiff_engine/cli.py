@@ -46,6 +46,7 @@ from dualdiff_engine.cli_options import (
     Steps,
     Trust,
 )
+from dualdiff_engine.demo import command as demos
 from dualdiff_engine.doctor import doctor, print_table
 from dualdiff_engine.errors import (
     AdapterError,
@@ -138,11 +139,15 @@ def _common(version: Version = False) -> None:
         warnings.simplefilter("ignore")
 
 
+app.command("demo")(demos.demo)
+
+
 @app.command()
 def generate(
-    base: Base,
-    adapter: AdapterPath,
     out: Out,
+    base: Base = None,
+    adapter: AdapterPath = None,
+    demo: demos.Name = None,
     count: Count = None,
     seeds: Seeds = None,
     seed: Seed = None,
@@ -181,6 +186,7 @@ def generate(
         "segmenter": segmenter,
         "progress": not quiet,
     }
+    base, adapter, options = demos.filled(demo, base, adapter, options)
     from dualdiff_engine.output import FolderWriter
 
     with FolderWriter(out) as writer:

@@ -13,8 +13,10 @@ from dualdiff_engine.settings import NoiseMode
 MOST_PAIRS = 1_000_000
 
 FILE = {"exists": True, "dir_okay": False, "readable": True}
-Base = Annotated[str, typer.Option(help="Stable Diffusion folder, hub id, or bundle.")]
-AdapterPath = Annotated[Path, typer.Option(help="Adapter file, its folder, or checkpoint-N.")]
+Base = Annotated[str | None, typer.Option(help="Stable Diffusion folder, hub id, or bundle.")]
+AdapterPath = Annotated[
+    Path | None, typer.Option(help="Adapter file, its folder, or checkpoint-N.")
+]
 Out = Annotated[Path, typer.Option(help="Folder to write; a run that it holds is continued.")]
 Count = Annotated[int | None, typer.Option("--count", "-n", min=1, max=MOST_PAIRS, help="Pairs.")]
 Seeds = Annotated[str | None, typer.Option(help="A pair each: 1,2,5 or 10:20 (which ends at 19).")]

@@ -248,7 +248,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("", "Missing command: see dualdiff --help"),
         ("paint", "No such command 'paint'"),
         ("--loud", "No such option: --loud"),
-        ("generate", "Missing option '--base': see dualdiff generate --help"),
+        ("generate", "Missing option '--out': see dualdiff generate --help"),
         ("convert x.bin", "Missing argument"),
         ("inspect nothing.safetensors", "no adapter at 'nothing.safetensors'"),
         ("convert nothing.bin out.safetensors", "no adapter at 'nothing.bin'"),

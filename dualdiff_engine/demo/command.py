@@ -1,0 +1,124 @@
+"""`dualdiff demo`, and what `dualdiff generate --demo` fills in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dualdiff_engine.demo.presets import BASE, PRESETS, find
+from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.settings import Sampling, require_seed
+from dualdiff_engine.stopping import INTERRUPTED, clean_stop
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dualdiff_engine.pair import Pair
+
+SHEET = "sheet.png"
+COLUMNS = 8
+
+Name = Annotated[str | None, typer.Option(help=f"Draw with the demo model: {', '.join(PRESETS)}.")]
+
+
+def filled(
+    name: str | None, base: str | None, adapter: Path | None, options: dict[str, Any]
+) -> tuple[str, Path, dict[str, Any]]:
+    """Base, adapter and `Engine.stream` options of a `generate` command, with or without --demo.
+
+    options: as given on the command line, which win over the demo's. Raises SettingsError.
+    """
+    if name is None:
+        if base is None or adapter is None:
+            raise SettingsError("pass --base and --adapter, or --demo washer/scratch")
+        return base, adapter, options
+    if base is not None or adapter is not None:
+        raise SettingsError("--demo brings a base and an adapter: leave out --base and --adapter")
+    preset = find(name)
+    given = {key: value for key, value in options.items() if value is not None}
+    if given.get("prompts") == type(preset.prompts)():
+        del given["prompts"]
+    return str(BASE), preset.adapter, {**preset.options(), **given}
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write; a run in it is continued.")] = Path(
+        "dualdiff-demo"
+    ),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Pairs.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the first pair, then one up each.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="By default 25.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, … or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Draw pairs with the small model that ships: files, and a sheet to look at."""
+    require_seed(seed)
+    require_seed(seed + count - 1)
+    chosen: dict[str, Any] = {} if steps is None else {"steps": steps}
+    Sampling(**chosen)
+    start = time.monotonic()
+    drawn, stopped = _draw(out, count, seed, chosen, device, not quiet)
+    path = out / SHEET
+    if drawn:
+        _sheet(drawn).save(path)
+    if drawn and not quiet:
+        seconds = time.monotonic() - start
+        typer.echo(f"{len(drawn)} pairs in {out}, {seconds:.0f} s")
+        typer.echo(f"look at {path}: image, anomaly, mask on the image")
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _draw(
+    out: Path, count: int, seed: int, chosen: dict[str, Any], device: str, progress: bool
+) -> tuple[list[tuple[str, Pair]], bool]:
+    """Pairs of all presets, each on disk when the next is drawn, and whether Ctrl-C ended it."""
+    from dualdiff_engine.output import FolderWriter
+
+    drawn: list[tuple[str, Pair]] = []
+    with FolderWriter(out) as writer:
+        from dualdiff_engine.engine import Engine
+
+        with (
+            Engine.from_pretrained(BASE, device=device) as engine,
+            clean_stop(engine.interrupt) as stopped,
+        ):
+            for name, seeds in _shared_out(count, seed):
+                if stopped.is_set():
+                    break
+                preset = PRESETS[name]
+                engine.load_adapter(preset.adapter, name)
+                # each time with the surroundings of another part
+                options = {**preset.options(seeds[0]), **chosen, "progress": progress}
+                with closing(engine.stream(seeds, **options)) as pairs:
+                    for pair in pairs:
+                        writer.write(pair)
+                        drawn.append((name, pair))
+                engine.unload_adapter(name)
+    return drawn, stopped.is_set()
+
+
+def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """Seeds per preset: neighbours in number, at most one more for the first ones."""
+    start = seed
+    for place, name in enumerate(PRESETS):
+        share = count // len(PRESETS) + (place < count % len(PRESETS))
+        if share:
+            yield name, list(range(start, start + share))
+        start += share
+
+
+def _sheet(drawn: list[tuple[str, Pair]]) -> Image.Image:
+    from dualdiff_engine import sheet
+
+    parts = []
+    for first in range(0, len(drawn), COLUMNS):
+        row = drawn[first : first + COLUMNS]
+        columns = [[p.image, p.anomaly, sheet.overlay(p.image, p.mask)] for _, p in row]
+        parts.append(sheet.grid(columns, [name for name, _ in row]))
+    return sheet.stacked(parts)
