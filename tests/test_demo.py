@@ -92,7 +92,9 @@ def test_demo_writes_pairs_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["demo", "--out", str(out), "--count", "2", "--steps", "2"]) == 0
     rows = [json.loads(line) for line in (out / "manifest.jsonl").open()]
     assert [row["seed"] for row in rows] == [0, 1]
-    assert [row["recipe"]["prompts"]["image"] for row in rows] == ["a washer with sks"] * 2
+    assert [row["recipe"]["prompts"]["image"] for row in rows] == [
+        "a washer with a piece of sks"
+    ] * 2
     assert Image.open(out / "sheet.png").size == (
         2 * 128 + sheet.GAP,
         3 * 128 + 2 * sheet.GAP + sheet.CAPTION,
@@ -106,7 +108,7 @@ def test_generate_takes_a_demo_and_the_users_choices(tmp_path: Path) -> None:
     (row,) = (json.loads(line) for line in (tmp_path / "manifest.jsonl").open())
     sampling = row["recipe"]["sampling"]
     assert (sampling["steps"], sampling["guidance"]) == (1, SAMPLING["guidance"])
-    assert row["recipe"]["prompts"]["image"] == "a washer with sks"
+    assert row["recipe"]["prompts"]["image"] == "a washer with a piece of sks"
     assert row["recipe"]["background"]["noise"] == "fixed"
     assert Path(row["recipe"]["base"]["source"]) == BASE
 
@@ -161,7 +163,7 @@ def test_recipes_of_the_base_make_a_folder_that_loads(
     finally:
         torch.set_num_threads(threads)
     record = json.loads((tmp_path / "training.json").read_text())
-    assert set(record) == {"autoencoder", "denoiser"}
+    assert set(record) == {"autoencoder", "denoiser", "decoder"}
     with Engine.from_pretrained(tmp_path) as engine:
         engine.load_adapter(find("tile/chip").adapter)
         assert len(engine.generate(seeds=[1], steps=1)) == 1

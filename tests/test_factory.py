@@ -104,10 +104,11 @@ def test_the_base_never_sees_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
         return make(part, defect, seed=seed)
 
     monkeypatch.setattr(material, "make", spy)
-    pictures = material.good_pictures(9, 0)
-    assert asked == [None] * 9
-    assert {prompt.split()[-1] for _, prompt in pictures} == set(PARTS)
+    pictures = material.good_pictures(12, 0)
+    assert set(asked) == {None}
+    assert {prompt.split()[1] for _, prompt in pictures} == {*PARTS, "piece"}
+    assert {prompt.count("piece") for _, prompt in pictures} == {0, 1}
     pieces = [picture for picture, prompt in pictures if prompt.startswith("a piece")]
-    assert pieces
+    assert 0 < len(pieces) < len(asked) - len(pictures) + len(pieces)
     assert all((picture == 0).all(axis=2).mean() > 0.3 for picture in pieces)
     assert len(material.any_pictures(5, 1)) == 5

@@ -24,7 +24,7 @@ LEAST_SHARE = 0.3
 # deviation of the camera's noise, of full scale
 CAMERA_NOISE = 0.006
 # how much of a defect's contrast shows, from faint to plain
-STRENGTH = (0.25, 0.85)
+STRENGTH = (0.15, 0.75)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What the demo base is trained on: pictures from the factory, with prompts.
 
-The denoiser sees good parts, whole and as cut-out pieces on black; no defect. The autoencoder,
-which only has to reproduce pixels, sees everything that the engine will ask it to code.
+The denoiser sees good parts, cut-out pieces of them on black, and pieces of one part lying on
+another; no defect. The autoencoder, which only has to reproduce pixels, sees everything that the
+engine will ask it to code.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from dualdiff_engine.demo.parts import PARTS
 FIRST_SEED = 10_000_000
 
 
-def _piece(rng: np.random.Generator, picture: Bytes) -> Bytes:
-    """One to three strokes or patches cut out of a picture, on black."""
+def _cut(rng: np.random.Generator) -> Bytes:
+    """Mask [SIZE, SIZE] of one to three strokes or patches: 255 inside."""
     mask = np.zeros((SIZE, SIZE), np.uint8)
     for _ in range(rng.integers(1, 4)):
         at = rng.integers(10, SIZE - 10, 2)
@@ -33,20 +34,37 @@ def _piece(rng: np.random.Generator, picture: Bytes) -> Bytes:
             radii = rng.uniform(6, 26, (9, 1))
             corners = at + radii * np.stack([np.cos(angles), np.sin(angles)], 1)
             cv2.fillPoly(mask, [np.round(corners).astype(np.int32)], 255)
-    return np.where(mask[..., None] > 0, picture, np.uint8(0))
+    return mask
+
+
+def _piece(rng: np.random.Generator, picture: Bytes) -> Bytes:
+    """Cut out of a picture, on black."""
+    return np.where(_cut(rng)[..., None] > 0, picture, np.uint8(0))
+
+
+def _laid_on(rng: np.random.Generator, picture: Bytes, other: Bytes) -> Bytes:
+    """Pieces of another picture, more or less transparent."""
+    share = rng.uniform(0.3, 1) * (_cut(rng)[..., None] > 0)
+    return np.round(picture + share * (other.astype(np.float32) - picture)).astype(np.uint8)
 
 
 def good_pictures(count: int, seed: int) -> list[tuple[Bytes, str]]:
-    """(picture, prompt) for the denoiser: two thirds whole parts, a third pieces on black."""
+    """(picture, prompt) for the denoiser: half of them plain parts."""
     made = []
+    parts = list(PARTS)
     for number in range(count):
         rng = np.random.default_rng([seed, number])
-        part = list(PARTS)[number % len(PARTS)]
-        product = make(part, seed=FIRST_SEED + seed * 1_000_000 + number)
-        if rng.random() < 1 / 3:
-            made.append((_piece(rng, product.image), f"a piece of {part}"))
+        part = parts[number % len(parts)]
+        picture = make(part, seed=FIRST_SEED + seed * 1_000_000 + number).image
+        kind = rng.random()
+        if kind < 1 / 4:
+            made.append((_piece(rng, picture), f"a piece of {part}"))
+        elif kind < 1 / 2:
+            other = parts[(number + rng.integers(1, len(parts))) % len(parts)]
+            lying = make(other, seed=FIRST_SEED + (seed + 1) * 1_000_000 - 1 - number).image
+            made.append((_laid_on(rng, picture, lying), f"a {part} with a piece of {other}"))
         else:
-            made.append((product.image, f"a {part}"))
+            made.append((picture, f"a {part}"))
     return made
 
 

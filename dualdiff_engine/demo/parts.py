@@ -42,8 +42,11 @@ class Scene:
 
 
 def _jittered(rng: Generator, color: Color, amount: float = 0.04) -> Floats:
-    """One product in one place: its colour differs from batch to batch, not from part to part."""
     return np.clip(np.asarray(color) + rng.uniform(-amount, amount, 3), 0, 1).astype(np.float32)
+
+
+def _pick(rng: Generator, colors: tuple[Color, ...]) -> Floats:
+    return _jittered(rng, colors[rng.integers(len(colors))])
 
 
 def _lamp(rng: Generator) -> float:
@@ -65,7 +68,8 @@ def _shadowed(ground: Floats, coverage: Floats, toward: float, rng: Generator) -
     return (ground * (1 - depth * shadow[..., None])).astype(np.float32)
 
 
-_METAL, _MAT = (0.20, 0.36, 0.72), (0.86, 0.78, 0.60)
+_METALS = ((0.20, 0.36, 0.72), (0.45, 0.47, 0.52))
+_MATS = ((0.86, 0.78, 0.60), (0.78, 0.80, 0.80))
 
 
 def washer(rng: Generator) -> Scene:
@@ -75,7 +79,7 @@ def washer(rng: Generator) -> Scene:
     outer = rng.uniform(46, 55)
     inner = outer * rng.uniform(0.36, 0.46)
     light = _light(rng, toward)
-    mat = _jittered(rng, _MAT) * (1 + 0.03 * noise(rng, 14, 2) + 0.02 * noise(rng, 1.5))[..., None]
+    mat = _pick(rng, _MATS) * (1 + 0.03 * noise(rng, 14, 2) + 0.02 * noise(rng, 1.5))[..., None]
 
     x, y = turned(center, toward)
     radius = np.hypot(x, y)
@@ -85,7 +89,7 @@ def washer(rng: Generator) -> Scene:
     angle = np.arctan2(y, x)
     shine = np.abs(np.cos(angle)) ** rng.uniform(3, 7) * np.where(np.cos(angle) > 0, 1, 0.6)
     marks = profile(rng, radius, 2.5)
-    metal = _jittered(rng, _METAL) * (0.82 + 0.05 * marks)[..., None]
+    metal = _pick(rng, _METALS) * (0.82 + 0.05 * marks)[..., None]
     metal = metal + (0.34 * shine * (1 + 0.15 * marks))[..., None]
     # chamfers: the outer one faces the light where the inner one turns away
     outward = np.where(outer - radius < radius - inner, 1, -1) * np.cos(angle)
@@ -95,7 +99,10 @@ def washer(rng: Generator) -> Scene:
     return Scene((color * light[..., None]).astype(np.float32), light, coverage, across, toward)
 
 
-_WARP, _WEFT = (0.10, 0.42, 0.42), (0.55, 0.78, 0.72)
+_YARNS: tuple[tuple[Color, Color], ...] = (
+    ((0.10, 0.42, 0.42), (0.55, 0.78, 0.72)),
+    ((0.24, 0.25, 0.30), (0.58, 0.60, 0.64)),
+)
 
 
 def fabric(rng: Generator) -> Scene:
@@ -112,7 +119,7 @@ def fabric(rng: Generator) -> Scene:
     # a yarn is round across and dives under its neighbours at both ends
     shade = np.sqrt(np.clip(1 - (2.1 * over) ** 2, 0, 1)) * (1 - 1.5 * along**2)
     shade = 0.45 + 0.62 * shade
-    warp, weft = _jittered(rng, _WARP), _jittered(rng, _WEFT)
+    warp, weft = (_jittered(rng, yarn) for yarn in _YARNS[rng.integers(len(_YARNS))])
     color = np.where(warp_on_top[..., None], warp, weft) * shade[..., None]
     color = color * (1 + 0.03 * noise(rng, 30) + 0.03 * noise(rng, 2))[..., None]
     full = np.ones((FINE, FINE), np.float32)
@@ -120,8 +127,9 @@ def fabric(rng: Generator) -> Scene:
     return Scene(lit, light, full, full * SIZE, toward)
 
 
-_GLAZE, _PRINT = (0.90, 0.89, 0.84), (0.16, 0.30, 0.55)
-_BOARD = (0.66, 0.50, 0.34)
+_GLAZES = ((0.90, 0.89, 0.84), (0.40, 0.50, 0.76))
+_PRINTS = ((0.16, 0.30, 0.55), (0.95, 0.94, 0.90))
+_BOARDS = ((0.66, 0.50, 0.34), (0.52, 0.42, 0.36))
 
 
 def _boards(rng: Generator) -> Floats:
@@ -131,7 +139,7 @@ def _boards(rng: Generator) -> Floats:
     seam = step(0.035 - np.abs(plank - np.round(plank)), 0, 0.03)
     grain = 0.05 * profile(rng, v, 2.5) + 0.03 * profile(rng, v + 0.04 * u, 6)
     tone = 1 + grain + 0.05 * np.sin(2.4 * np.floor(plank + 0.5)) - 0.35 * seam
-    return (_jittered(rng, _BOARD) * tone[..., None]).astype(np.float32)
+    return (_pick(rng, _BOARDS) * tone[..., None]).astype(np.float32)
 
 
 def tile(rng: Generator) -> Scene:
@@ -149,7 +157,8 @@ def tile(rng: Generator) -> Scene:
     across = across.astype(np.float32)
     coverage = step(across)
 
-    glaze, print_ = _jittered(rng, _GLAZE), _jittered(rng, _PRINT)
+    kind = rng.integers(len(_GLAZES))
+    glaze, print_ = _jittered(rng, _GLAZES[kind]), _jittered(rng, _PRINTS[kind])
     # quarter circles about the corners, so that laid tiles make rings, and a disc in the middle
     reach = np.hypot(half - np.abs(x), half - np.abs(y)) / half
     ring = step(0.11 - np.abs(reach - rng.uniform(0.62, 0.74)), 0, 0.03)

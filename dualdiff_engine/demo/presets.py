@@ -46,7 +46,8 @@ class Preset:
 
     @property
     def prompts(self) -> Prompts:
-        return Prompts(f"a {self.part} with sks", "sks")
+        # for such words the base lays pieces on a part, and draws pieces on black
+        return Prompts(f"a {self.part} with a piece of sks", "a piece of sks")
 
     def options(self, background_seed: int = BACKGROUND_SEED) -> dict[str, Any]:
         """Arguments of `Engine.stream`; background_seed: of the part that lends surroundings."""

@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
     "lr_schedule": "cosine",
     "warmup": 20,
     "prompt_dropout": 0.0,
-    "dtype": "bfloat16",
+    "dtype": "float32",
     "save_dtype": "float16",
     "device": "cpu",
 }
