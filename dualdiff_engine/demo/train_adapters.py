@@ -20,7 +20,7 @@ DATA_SEED = 1_000_000
 OPTIONS: dict[str, Any] = {
     "rank": 16,
     "blend_width": 32,
-    "steps": 700,
+    "steps": 500,
     "batch": 4,
     "learning_rate": 1e-3,
     "lr_schedule": "cosine",

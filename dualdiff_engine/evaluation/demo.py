@@ -25,8 +25,8 @@ from dualdiff_engine.evaluation.tasks import factory_task, training_samples
 COUNT = 100
 # pairs that share the surroundings of one good part
 SHARED = 10
-# pixels of a side that networks see: half the pictures', in a quarter of the time
-SIZE = 64
+# pixels of a side that networks see: half the pictures', in a quarter of the time; and their steps
+SIZE, STEPS = 64, 200
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), metavar="FOLDER")
     parser.add_argument("--only", action="append", default=[], metavar="PART/DEFECT")
     parser.add_argument("--count", type=int, default=COUNT, help="pairs per adapter")
-    parser.add_argument("--steps", type=int, default=Options().steps)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(Options().seeds))
     given = parser.parse_args(arguments)
     options = Options(steps=given.steps, seeds=tuple(given.seeds), size=SIZE)
