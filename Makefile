@@ -23,8 +23,10 @@ interpreter: .venv-test/ready
 aot: .venv-test/ready
 	$(TEST)/python -m pytest tests/aot -s
 
-# ONNX exports of the golden models, through ONNX Runtime on the CPU
+# ONNX exports of the golden models, through ONNX Runtime on the CPU; the C++ example where its headers
+# can be had
 exports: .venv-test/ready
+	-test -e $(TEST)/../include/onnxruntime || tests/exports/headers.sh $(TEST)/../include/onnxruntime
 	$(TEST)/python -m pytest tests/exports
 
 lint: .venv-test/ready
