@@ -84,14 +84,15 @@ def _write_text(folder: Path, width: int, tokens: int, full: bool, dtype: torch.
     config = CLIPTextConfig(
         **(CLIP if full else least), bos_token_id=tokens - 2, eos_token_id=tokens - 1
     )
-    CLIPTextModel(config).to(dtype).save_pretrained(folder)
+    encoder: Any = CLIPTextModel(config)
+    encoder.to(dtype).save_pretrained(folder)
 
 
 def _write_vae(folder: Path, pixels: int, full: bool, dtype: torch.dtype) -> None:
     from diffusers import AutoencoderKL
 
     least = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         **(VAE if full else least),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -106,10 +107,11 @@ def _write_scheduler(folder: Path) -> None:
     """SD-1.5's."""
     from diffusers import PNDMScheduler
 
-    PNDMScheduler(
+    scheduler: Any = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         skip_prk_steps=True,
         steps_offset=1,
-    ).save_pretrained(folder)
+    )
+    scheduler.save_pretrained(folder)
