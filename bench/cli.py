@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PEER_NAMES = (
     "released", "diffusers", "eager", "compiled", "xformers", "engine", "engine-fresh",
     "engine-graph", "engine-triton-graph", "engine-triton", "engine-native", "engine-xformers",
-    "engine-onednn", "engine-reference",
+    "engine-onednn", "engine-reference", "engine-onnxruntime", "engine-tensorrt",
     *(f"engine-only-{op}" for op in (
         "linear", "branch_linear", "attention", "exchange", "group_norm_silu", "geglu",
         "guided_step",
@@ -160,9 +160,8 @@ def _run(options: argparse.Namespace) -> None:
         print(f"[{time.perf_counter() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
 
     record = measure.run(case, entries, device=str(device), rounds=options.rounds, say=say)
-    print(
-        "\n".join(["", report.headline(record), "", report.text_table(record), "", report.LEGEND])
-    )
+    lines = ["", report.headline(record), "", report.text_table(record), ""]
+    print("\n".join([*lines, report.LEGEND, *report.preparations(record)]))
     if options.output_json:
         report.write_json(record, options.output_json)
     if options.plot:

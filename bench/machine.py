@@ -15,7 +15,7 @@ import torch
 
 PACKAGES = (
     "dualdiff-engine", "torch", "triton", "numpy", "diffusers", "transformers", "safetensors",
-    "xformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
+    "xformers", "onnxruntime", "onnxruntime-gpu", "onnx", "tensorrt", "tensorrt-rtx-cu13",
 )  # fmt: skip
 
 

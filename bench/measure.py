@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualdiff_engine.bench import machine
+from dualdiff_engine.bench import exported, machine
 from dualdiff_engine.bench.case import WHY, Case
-from dualdiff_engine.bench.peers import META, PEERS
+from dualdiff_engine.bench.peers import META, PEERS, Exported
 from dualdiff_engine.bench.workers import Entry, Worker
 from dualdiff_engine.ops import bind
 
@@ -28,8 +30,8 @@ def count_flops(case: Case, peer: str) -> int:
     """FLOPs of one step of a peer, counted on shapes alone (matrix products, convolutions)."""
     with torch.inference_mode():
         built = PEERS[peer](case, META, torch.float32)
-        if peer == "engine" and case.background:
-            # once per timestep, for all batches: not part of a step
+        if case.background:
+            # what is computed once per timestep, for all batches, is not part of a step
             built.step(0)
         with FlopCounterMode(display=False) as counter:
             built.step(0)
@@ -64,6 +66,21 @@ def relative_error(candidate: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(reference.astype(np.float64)))
 
 
+def prepare(
+    case: Case, entries: Sequence[Entry], stack: contextlib.ExitStack, say: Say
+) -> tuple[dict[Entry, Path], dict[Entry, dict[str, float]]]:
+    """Exports for the peers that run one: (folders, seconds by part), kept as long as `stack`."""
+    folders, seconds = {}, {}
+    for entry in entries:
+        built = PEERS[entry.peer]
+        if issubclass(built, Exported):
+            say(f"exporting for {entry.name}")
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dualdiff-bench-"))
+            folders[entry] = Path(folder)
+            seconds[entry] = exported.prepare(case, entry.dtype, built.backend, Path(folder))
+    return folders, seconds
+
+
 def run(
     case: Case, entries: Sequence[Entry], *, device: str, rounds: int, say: Say
 ) -> dict[str, Any]:
@@ -74,13 +91,15 @@ def run(
     peaks: dict[Entry, int] = {}
     rates: dict[str, list[float]] = {entry.dtype: [] for entry in entries}
     with contextlib.ExitStack() as stack:
+        folders, prepared = prepare(case, entries, stack, say)
         workers: dict[Entry, Worker] = {}
         for entry in entries:
             say(f"loading {entry.name}")
-            workers[entry] = stack.enter_context(Worker(case, entry, device))
+            worker = Worker(case, entry, device, folders.get(entry))
+            workers[entry] = stack.enter_context(worker)
             # the first step also fills what fixed noise computes once; pages settle by the last
             for _ in range(WARM_UP):
-                _, _, noises[entry] = workers[entry].step(index)
+                _, _, noises[entry] = worker.step(index)
         for number in range(rounds):
             for entry, worker in workers.items():
                 took, peaks[entry], _ = worker.step(index)
@@ -94,15 +113,11 @@ def run(
     rows = [
         {
             **asdict(entry),
-            "ms_per_step": quantiles(seconds[entry]),
-            "steps_timed": len(seconds[entry]),
-            "pairs_per_s": case.batch / (case.steps * statistics.median(seconds[entry])),
-            "flops_per_step": (flops := count_flops(case, entry.peer)),
-            "flops_per_s": flops / statistics.median(seconds[entry]),
-            "share_of_product_rate": flops / statistics.median(seconds[entry]) / best[entry.dtype],
+            **speed(case, entry, seconds[entry], best[entry.dtype]),
             "peak_bytes": peaks[entry],
             "load_s": loads[entry]["load_s"],
             "load_peak_bytes": loads[entry]["load_peak"],
+            "prepared_s": prepared.get(entry, {}),
             "speedup_over_released": reference
             and statistics.median(
                 r / s for r, s in zip(seconds[reference], seconds[entry], strict=True)
@@ -117,4 +132,17 @@ def run(
         "why": WHY[case.model],
         "product_flops_per_s": best,
         "peers": rows,
+    }
+
+
+def speed(case: Case, entry: Entry, seconds: Sequence[float], rate: float) -> dict[str, Any]:
+    """The part of a row that follows from its times. rate: FLOP/s of products in its dtype."""
+    middle, flops = statistics.median(seconds), count_flops(case, entry.peer)
+    return {
+        "ms_per_step": quantiles(seconds),
+        "steps_timed": len(seconds),
+        "pairs_per_s": case.batch / (case.steps * middle),
+        "flops_per_step": flops,
+        "flops_per_s": flops / middle,
+        "share_of_product_rate": flops / middle / rate,
     }

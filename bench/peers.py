@@ -6,12 +6,14 @@ import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dualdiff_engine import weights
+from dualdiff_engine import engine, weights
+from dualdiff_engine.bench import exported
 from dualdiff_engine.bench.case import (
     Case,
     RandomWeights,
@@ -242,9 +244,61 @@ class EngineFresh(Engine):
         return super().step(index)
 
 
+class Exported(Engine):
+    """The engine as users get it around exported graphs, of a folder by `exported.prepare`."""
+
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path | None = None,
+    ) -> None:
+        if device == META:
+            # what is counted is the network that was exported
+            super().__init__(case, device, dtype)
+            return
+        assert folder is not None
+        self.case, self.inputs = case, case.inputs(device)
+        self.engine = engine.Engine.from_pretrained(
+            folder / exported.BASE,
+            backend=self.backend,
+            exported=folder / exported.GRAPHS,
+            device=device,
+            dtype=dtype,
+            max_batch=case.batch,
+        )
+        self.ops, self.unet = self.engine.ops, self.engine.denoiser
+        self.time_bias = self.engine.unet.time_bias(case.timesteps.to(device))
+        self.text = self.engine.unet.text_projections(self.inputs["context"])
+        self.kept = {}
+
+    @classmethod
+    def refused(cls, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run, in a line."""
+        for package in ("onnx", "onnxscript"):
+            if importlib.util.find_spec(package) is None:
+                return f"it exports, which needs {package}: pip install 'dualdiff-engine[onnx]'"
+        from dualdiff_engine.export import backends
+
+        try:
+            backends.check_runtime(cls.backend, device)
+        except BackendError as error:
+            return str(error)
+        if cls.backend == "tensorrt" and dtype == torch.float32:
+            return "TensorRT has no fused attention in float32: use bfloat16 or float16"
+        if cls.backend == "onnxruntime" and device.type == "cpu" and dtype == torch.bfloat16:
+            return "ONNX Runtime has no products in bfloat16 on a CPU: use float32"
+        return None
+
+
 def variant(**settings: Any) -> type[Engine]:
     """The engine with something switched: backend, only, graphed."""
     return type("EngineVariant", (Engine,), settings)
+
+
+def exported_to(backend: str) -> type[Exported]:
+    return type("ExportedVariant", (Exported,), {"backend": backend})
 
 
 PEERS: dict[str, type[Peer]] = {
@@ -260,6 +314,8 @@ PEERS: dict[str, type[Peer]] = {
     # from plain PyTorch to everything at once, one op at a time
     **{f"engine-only-{op}": variant(only=op) for op in NAMES},
     "engine-triton-graph": variant(backend="triton", graphed=True),
+    "engine-onnxruntime": exported_to("onnxruntime"),
+    "engine-tensorrt": exported_to("tensorrt"),
 }
 
 
@@ -274,6 +330,8 @@ def require(peer: str, device: torch.device, dtype: torch.dtype) -> None:
     elif built is Xformers:
         ok, why = xformers.supported("attention", device, dtype)
         reason = None if ok else why
+    elif issubclass(built, Exported):
+        reason = built.refused(device, dtype)
     elif issubclass(built, Engine):
         try:
             built.bound(device, dtype)

@@ -18,6 +18,7 @@ LEGEND = """\
 released: one pair per call, branches in turn, LoRA beside the weights, background pass every step
 diffusers: the same UNet uncoupled, all rows in one batch (a floor; its result is another one)
 engine: folded and coupled, the batch at once; with a background its shares are computed beforehand
+engine-onnxruntime, engine-tensorrt: the engine around the same network, exported
 pairs/s: denoising only, schedule length times the median step; error: relative L2 of the guided
 noise to released in fp32; speed-up: median over rounds of released's time over the peer's; where
 released did not run, the first row's median over the peer's"""
@@ -74,6 +75,16 @@ def text_table(record: Record) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def preparations(record: Record) -> list[str]:
+    """A line for every peer that something was made for: outside of every time above."""
+    return [
+        f"before {row['peer']} {row['dtype']}, not in its times: "
+        + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in row["prepared_s"].items())
+        for row in record["peers"]
+        if row.get("prepared_s")
+    ]
 
 
 def markdown_table(record: Record) -> str:

@@ -54,7 +54,9 @@ def reset_peak(device: torch.device) -> None:
         return
 
 
-def _serve(pipe: Connection, case: Case, entry: Entry, device_name: str) -> None:
+def _serve(
+    pipe: Connection, case: Case, entry: Entry, device_name: str, folder: Path | None
+) -> None:
     device = torch.device(device_name)
     if device.type == "cpu":
         # for every peer: on virtual machines fresh pages can cost more than the arithmetic, and
@@ -62,7 +64,9 @@ def _serve(pipe: Connection, case: Case, entry: Entry, device_name: str) -> None
         memory.keep_freed_blocks()
     with torch.inference_mode():
         start = time.perf_counter()
-        peer = PEERS[entry.peer](case, device, getattr(torch, entry.dtype))
+        # what was exported for a peer, for those that run an export
+        given = {} if folder is None else {"folder": folder}
+        peer = PEERS[entry.peer](case, device, getattr(torch, entry.dtype), **given)
         memory.release_freed_blocks()
         pipe.send({"load_s": time.perf_counter() - start, "load_peak": peak_bytes(device)})
         reset_peak(device)
@@ -78,14 +82,17 @@ def _serve(pipe: Connection, case: Case, entry: Entry, device_name: str) -> None
 
 
 class Worker:
-    """A peer in a process; use as a context manager."""
+    """A peer in a process; use as a context manager.
 
-    def __init__(self, case: Case, entry: Entry, device: str) -> None:
+    folder: by `exported.prepare`, for a peer that runs an export.
+    """
+
+    def __init__(self, case: Case, entry: Entry, device: str, folder: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self.entry = entry
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, case, entry, device), daemon=True
+            target=_serve, args=(theirs, case, entry, device, folder), daemon=True
         )
         self.process.start()
         theirs.close()

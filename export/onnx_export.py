@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +148,24 @@ class Exporter:
         return Size(height // step, width // step, options.dynamic_size)
 
     def add_adapter(self) -> dict[str, Any]:
-        """Trace what is not there yet, write, validate; returns the report.
+        """Write, validate; returns the report.
 
         Raises BackendError when a graph misses its tolerance.
         """
+        fresh = self.write()
+        return validate.validate(
+            self.engine, self.folder, self.name, self.options.batches, fresh, self.say
+        )
+
+    def write(self, only: Collection[str] | None = None) -> set[str]:
+        """Trace and write what is not there yet, or of that `only` these; returns which."""
         (self.folder / ADAPTERS).mkdir(exist_ok=True)
         there = {path.stem for path in self.folder.glob("*.onnx")}
-        makers = {name: make for name, make in self._makers().items() if name not in there}
+        makers = {
+            name: make
+            for name, make in self._makers().items()
+            if name not in there and (only is None or name in only)
+        }
         traced = {}
         for name, make in makers.items():
             self.say(f"tracing {name}")
@@ -162,6 +173,7 @@ class Exporter:
             traced[name] = graph, trace(graph, self.options.opset)
         if traced:
             self._write_base(traced)
+        self.say("writing the adapter")
         file = f"{ADAPTERS}/{self.name}.safetensors"
         known = {name: self._about(graph, t) for name, (graph, t) in traced.items()}
         if there:
@@ -169,10 +181,7 @@ class Exporter:
         folded.write_adapter(self.engine, self.folder / file, known)
         for graph, translated in traced.values():
             self._write_graph(graph, translated, known[graph.name])
-        del traced
-        return validate.validate(
-            self.engine, self.folder, self.name, self.options.batches, set(makers), self.say
-        )
+        return set(makers)
 
     def _makers(self) -> dict[str, Callable[[], Graph]]:
         """What this adapter needs."""
@@ -235,6 +244,7 @@ class Exporter:
 
     def _write_graph(self, graph: Graph, traced: Traced, about: Artefact) -> None:
         """Turn the weights back into initializers, with their values in the files."""
+        self.say(f"writing {graph.name}")
         model, places = traced.model, self._places()
         for value in [v for v in model.graph.inputs if v.name in traced.weights]:
             name, shape, dtype = value.name or "", value.shape, value.dtype
@@ -255,6 +265,7 @@ class Exporter:
         proto = exchange.with_body(ir.to_proto(model))
         path = self.folder / f"{graph.name}.onnx"
         onnx.save(proto, path)
+        self.say(f"checking {graph.name}")
         onnx.checker.check_model(str(path), full_check=True)
 
     def _places(self) -> dict[str, dict[str, Place]]:

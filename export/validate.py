@@ -89,6 +89,7 @@ def validate(
                 f"{artefact.graph}: relative error {worst:.1e} against the engine's own network, "
                 f"more than {row['tolerance']:.1e}: the export is not kept; please report this"
             )
+    say("writing the probe")
     probe.write(engine, adapter.with_name(file + PROBE), graphs)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     return report

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dualdiff_engine.bench import cli, measure, readme, report, workers
+from dualdiff_engine.bench import cli, measure, peers, readme, report, workers
 from dualdiff_engine.bench.case import Case, RandomWeights, random_adapter
-from dualdiff_engine.errors import DualDiffError
+from dualdiff_engine.errors import BackendError, DualDiffError
 
 TINY = ["--batch", "1", "--size", "64", "--rounds", "1"]
 
@@ -110,6 +111,55 @@ def test_wrong_arguments(
     assert error.startswith("dualdiff-bench: ")
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("peer", "device", "dtype", "absent", "message"),
+    [
+        ("engine-onnxruntime", CPU, "bfloat16", (), "no products in bfloat16 on a CPU: use float3"),
+        ("engine-onnxruntime", CPU, "float32", ("onnxruntime",), r"pip install .*\[onnx\]"),
+        ("engine-onnxruntime", CPU, "float32", ("onnx",), r"needs onnx: pip install .*\[onnx\]"),
+        ("engine-onnxruntime", CPU, "float32", ("onnxscript",), "needs onnxscript: pip install"),
+        ("engine-onnxruntime", CUDA, "float32", (), "cannot run on cuda: it offers .*CPUExecution"),
+        (
+            *("engine-tensorrt", CPU, "float16", ("tensorrt", "tensorrt_rtx")),
+            r"TensorRT is not installed: pip install .*\[tensorrt\]",
+        ),
+    ],
+)
+def test_a_peer_is_refused_with_the_reason(
+    peer: str,
+    device: torch.device,
+    dtype: str,
+    absent: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for package in absent:
+        monkeypatch.setitem(sys.modules, package, None)
+    if device.type == "cuda":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(BackendError, match=f"peer '{peer}' cannot run here: .*{message}"):
+        peers.require(peer, device, getattr(torch, dtype))
+
+
+def test_tensorrt_is_refused_where_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualdiff_engine.export.tensorrt_api.installed", lambda: "tensorrt")
+    with pytest.raises(BackendError, match="TensorRT runs on NVIDIA GPUs, the engine is on cpu"):
+        peers.require("engine-tensorrt", CPU, torch.float16)
+    monkeypatch.setattr("dualdiff_engine.export.backends.check_runtime", lambda *_: None)
+    with pytest.raises(BackendError, match="no fused attention in float32: use bfloat16 or float1"):
+        peers.require("engine-tensorrt", CUDA, torch.float32)
+    peers.require("engine-tensorrt", CUDA, torch.float16)
+
+
+def test_every_peer_has_its_name_in_the_help() -> None:
+    assert sorted(cli.PEER_NAMES) == sorted(peers.PEERS)
 
 
 def test_committed_records_are_what_the_readme_shows() -> None:

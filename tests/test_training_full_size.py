@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -14,49 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from dualdiff_engine import Engine
-from dualdiff_engine.bench.case import RandomWeights, diffusers_unet
-from support import DATA
+from dualdiff_engine.bench.random_base import write_base
 from training_cases import DEFECT, inputs_of, mask_of, picture_of, save
 
 LIMIT_GIB = 24
-
-
-def write_base(root: Path) -> Path:
-    """A diffusers SD-1.5 folder of full size, in fp16."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    (root / "unet").mkdir(parents=True)
-    weights = RandomWeights.of("sd15", 0)
-    save_file(
-        {name: weights[name].half() for name in weights},
-        root / "unet" / "diffusion_pytorch_model.safetensors",
-    )
-    (root / "unet" / "config.json").write_text(json.dumps(dict(diffusers_unet("sd15").config)))
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    vae.half().save_pretrained(root / "vae")
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-    )
-    CLIPTextModel(text).half().save_pretrained(root / "text_encoder")
-    for part in ("tokenizer", "scheduler"):
-        shutil.copytree(DATA / "dual" / "model" / part, root / part)
-    return root
 
 
 def write_pictures(root: Path) -> Path:
@@ -73,7 +34,7 @@ def write_pictures(root: Path) -> Path:
 @pytest.mark.timeout(3600)
 def test_full_size_adapter_trains_within_24_gib(tmp_path: Path) -> None:
     base, data, out = (
-        write_base(tmp_path / "base"),
+        write_base(tmp_path / "base", "sd15", 0, full=True, dtype=torch.float16),
         write_pictures(tmp_path / "data"),
         tmp_path / "o",
     )
