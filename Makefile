@@ -1,9 +1,12 @@
-# Verbs of the project. `bench` and `test` make their own environments.
+# Verbs of the project. `demo`, `bench` and `test` make their own environments.
 PYTHON ?= python3
 RUN := .venv/bin
 TEST := .venv-test/bin
 
-.PHONY: bench test native lint types interpreter aot exports clean
+.PHONY: demo bench test native lint types interpreter aot exports clean
+
+demo: .venv/ready
+	$(RUN)/dualdiff demo
 
 bench: .venv/ready
 	$(RUN)/dualdiff-bench --batch 32

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dualdiff_engine.bench import random_base
-from dualdiff_engine.bench.case import Case, RandomWeights, random_adapter
+from dualdiff_engine.bench.case import Case, adapter_of
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import DualDiffError
 
@@ -41,12 +41,11 @@ def _prepare(case: Case, dtype: str, backend: str, folder: Path) -> dict[str, fl
 
     start = time.perf_counter()
     base = random_base.write_base(folder / BASE, case.model, case.seed)
-    named = RandomWeights.of(case.model, case.seed)
-    adapter = random_adapter(named, background=case.background)
+    adapter = adapter_of(case.model, case.seed, background=case.background)
     options = Options(
         precision=dtype,
-        height=8 * case.height,
-        width=8 * case.width,
+        height=case.scale * case.height,
+        width=case.scale * case.width,
         max_batch=case.batch,
         batches=(1,),
     )

@@ -1,6 +1,6 @@
-"""A Stable Diffusion folder with random weights, for what takes base models from disk.
+"""A Stable Diffusion folder around a case's UNet, for what takes base models from disk.
 
-Its UNet is a case's own; tokenizer, text encoder and VAE are as small as they may be, or SD-1.5's.
+Tokenizer, text encoder and VAE have random weights and are as small as they may be, or SD-1.5's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dualdiff_engine.bench.case import MODELS, TEXT_TOKENS, RandomWeights, diffusers_unet
+from dualdiff_engine.bench.case import MODELS, SCALE, TEXT_TOKENS, base_weights, diffusers_unet
 
 CLIP: dict[str, Any] = {
     "vocab_size": 49408,
@@ -37,7 +37,7 @@ def write_base(
     weights on disk.
     """
     (root / "unet").mkdir(parents=True)
-    weights = RandomWeights.of(model, seed)
+    weights = base_weights(model, seed)
     save_file(
         {name: weights[name].to(dtype) for name in weights},
         root / "unet" / "diffusion_pytorch_model.safetensors",
@@ -49,7 +49,7 @@ def write_base(
         tokens = _write_tokenizer(root / "tokenizer")
         width = MODELS[model]["cross_attention_dim"]
         _write_text(root / "text_encoder", width, tokens, full, dtype)
-        _write_vae(root / "vae", 8 * MODELS[model]["sample_size"], full, dtype)
+        _write_vae(root / "vae", MODELS[model]["sample_size"], SCALE[model], full, dtype)
     _write_scheduler(root / "scheduler")
     return root
 
@@ -88,16 +88,18 @@ def _write_text(folder: Path, width: int, tokens: int, full: bool, dtype: torch.
     encoder.to(dtype).save_pretrained(folder)
 
 
-def _write_vae(folder: Path, pixels: int, full: bool, dtype: torch.dtype) -> None:
+def _write_vae(folder: Path, latent: int, scale: int, full: bool, dtype: torch.dtype) -> None:
+    """latent: numbers of a side; scale: pixels of a number's side, halved by each level but one."""
     from diffusers import AutoencoderKL
 
-    least = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
+    levels = scale.bit_length()
+    least = {"block_out_channels": (4,) * levels, "layers_per_block": 1, "norm_num_groups": 2}
     vae: Any = AutoencoderKL(
         **(VAE if full else least),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
-        sample_size=pixels,
+        sample_size=latent * scale,
     )
     # diffusers' own warns of layers to keep in float32, of which this VAE has none
     torch.nn.Module.to(vae, dtype).save_pretrained(folder)
