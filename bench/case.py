@@ -208,6 +208,11 @@ def adapter_of(model: str, seed: int, *, background: bool) -> adapters.Adapter:
 
 def random_adapter(base: RandomWeights, *, background: bool, rank: int = RANK) -> adapters.Adapter:
     """An adapter in the released format for every site of the base, as strong as trained ones."""
+    return adapters.parse(random_tensors(base, background=background, rank=rank))
+
+
+def random_tensors(base: RandomWeights, *, background: bool, rank: int = RANK) -> dict[str, Tensor]:
+    """What the file of a `random_adapter` holds."""
     shapes: dict[str, tuple[int, ...]] = {}
     for key, (channels, _) in (
         (k, v) for k, v in base.shapes.items() if k.endswith(".to_q.weight")
@@ -232,7 +237,7 @@ def random_adapter(base: RandomWeights, *, background: bool, rank: int = RANK) -
             shapes[f"{prefix}temporal_condition_mlp.1.weight"] = (channels, MLP_WIDTH)
             shapes[f"{prefix}temporal_condition_mlp.1.bias"] = (channels,)
     drawn = RandomWeights(shapes, base.seed)
-    return adapters.parse({name: _adapter_tensor(drawn, name) for name in shapes})
+    return {name: _adapter_tensor(drawn, name) for name in shapes}
 
 
 def _adapter_tensor(drawn: RandomWeights, name: str) -> Tensor:

@@ -12,12 +12,13 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
 
@@ -32,7 +33,8 @@ class Manifest:
     """What an engine was built from, by what, and for which GPUs.
 
     targets: compute capabilities ("9.0"). gpu: its name where the engine fits only that kind.
-    profiles: [least, most] pairs each. height, width: latent size.
+    profiles: [least, most] pairs each. height, width: latent size. weights_sha256: of the adapter's
+    values in it, see `weights_sha256`.
     """
 
     graph: str
@@ -48,6 +50,7 @@ class Manifest:
     width: int
     profiles: list[list[int]]
     refittable: bool
+    weights_sha256: str
     format: int = FORMAT
 
 
@@ -75,6 +78,16 @@ def this_gpu_name() -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """A hash of what an adapter puts into a graph, by the names of its initializers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write(folder: Path, plan: bytes, manifest: Manifest, targets: Sequence[str]) -> Path:

@@ -12,7 +12,9 @@ from typing import Any
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.export import engine_file, tensorrt_api
 from dualdiff_engine.export.artefact import Artefact, read_artefacts
+from dualdiff_engine.export.denoiser import initializers
 from dualdiff_engine.export.engine_file import Manifest
+from dualdiff_engine.export.folded import read_adapters
 
 GRAPHS = ("denoiser", "denoiser_background", "background_encoder")
 # names of dynamic axes in our graphs
@@ -226,7 +228,13 @@ class _Builder:
             width=a.width,
             profiles=[list(pair) for pair in self._ranges(network)],
             refittable=self.options.refits,
+            weights_sha256=engine_file.weights_sha256(self._adapter_weights()),
         )
+
+    def _adapter_weights(self) -> dict[str, Any]:
+        """The values in the graph, as a runner gets them for its adapter."""
+        adapters = read_adapters(self.folder, read_artefacts(self.folder))
+        return initializers(adapters[self.artefact.adapter["name"]].sites, self.artefact)
 
     def _error(self, what: str) -> BackendError:
         said = "; ".join(self.logger.errors) or "it did not say why"

@@ -14,6 +14,7 @@ from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export import engine_file, tensorrt_api
 from dualdiff_engine.export.artefact import Artefact
 from dualdiff_engine.export.denoiser import ExportedDenoiser, initializers
+from dualdiff_engine.export.engine_file import Manifest
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.ops import Ops
 
@@ -37,6 +38,21 @@ def profile_of(profiles: list[list[int]], batch: int) -> int:
         f"a batch of {batch} is above the {profiles[-1][1]} of the engine's last profile: pass a "
         f"smaller batch, or build with --batches …,{batch}"
     )
+
+
+def must_refit(path: Path, manifest: Manifest, holds: str, wanted: str) -> bool:
+    """Whether an engine that holds some weights needs others; both as `weights_sha256` gives them.
+
+    Raises BackendError when it does and cannot take them.
+    """
+    if holds == wanted:
+        return False
+    if not manifest.refittable:
+        raise BackendError(
+            f"{path} serves the adapter {manifest.adapter.get('name')!r} alone, it was built "
+            "without refitting: use that adapter, or build with --refit"
+        )
+    return True
 
 
 @dataclass
@@ -70,6 +86,7 @@ class TensorrtRunner:
         mode = self.trt.TensorIOMode.INPUT
         self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == mode]
         self.outputs = [name for name in names if name not in self.inputs]
+        self._holds = self.manifest.weights_sha256
         self._contexts: dict[int, Any] = {}
         self._bound: dict[tuple[torch.Size, ...], _Bound] = {}
 
@@ -87,11 +104,10 @@ class TensorrtRunner:
         return [x.clone() for x in bound.outputs]
 
     def refit(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace weights, by the names of the graph's initializers. Raises BackendError."""
-        if not self.manifest.refittable:
-            raise BackendError(
-                f"{self.path} was built without refitting: build it for this adapter, or refittable"
-            )
+        """Hold these weights, by the names of the graph's initializers. Raises BackendError."""
+        wanted = engine_file.weights_sha256(weights)
+        if not must_refit(self.path, self.manifest, self._holds, wanted):
+            return
         refitter = self.trt.Refitter(self.engine, self.logger)
         known = set(refitter.get_all_weights())
         if absent := sorted(set(weights) - known):
@@ -107,6 +123,7 @@ class TensorrtRunner:
         torch.cuda.synchronize(self.device)
         if not refitter.refit_cuda_engine():
             raise self._error("does not take other weights")
+        self._holds = wanted
         # captured runs may hold what the old weights were compiled into
         self._bound.clear()
         self._contexts.clear()

@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dualdiff_engine import Engine
-from dualdiff_engine.bench.case import RandomWeights, random_adapter
+from dualdiff_engine import Engine, adapters
+from dualdiff_engine.bench.case import RandomWeights, random_tensors
 from support import DATA
 
 # heads of width 40 and 160, as at SD-1.5's ends; or of 40 in the middle alone, the least there is
 WIDE, LEAST = (80, 320), (32, 80)
+# of the adapter
+NAME = "bottle_broken"
 
 
 def small_engine(folder: Path, channels: tuple[int, ...], *, background: bool = False) -> Engine:
@@ -36,7 +39,11 @@ def small_engine(folder: Path, channels: tuple[int, ...], *, background: bool = 
             )
         unet.save_pretrained(folder / "unet")
     engine = Engine.from_pretrained(folder, device="cpu", dtype="float32")
-    shapes = {name: tuple(tensor.shape) for name, tensor in engine.base.unet.items()}
-    adapter = random_adapter(RandomWeights(shapes, 1), background=background, rank=4)
-    engine.keep_adapter(adapter, "small")
+    engine.keep_adapter(adapters.parse(small_adapter(engine, 1, background=background)), NAME)
     return engine
+
+
+def small_adapter(engine: Engine, seed: int, *, background: bool = False) -> dict[str, Tensor]:
+    """What the file of an adapter for this engine holds."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in engine.base.unet.items()}
+    return random_tensors(RandomWeights(shapes, seed), background=background, rank=4)

@@ -1,4 +1,4 @@
-"""The C++ example: compiled, run on the golden models, and compared with Python's ONNX Runtime."""
+"""The C++ example: compiled, run on small networks, and compared with Python's ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import numpy as np
 import onnxruntime
 import pytest
 from small import LEAST
-
-from support import Golden
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "export" / "cpp" / "step.cpp"
@@ -70,14 +68,18 @@ def check_step(program: Path, graph: Path, given: Path, tmp_path: Path) -> None:
     assert run.stdout == (f"noise {list(noise.shape)} by ONNX Runtime {onnxruntime.__version__}\n")
 
 
-def test_a_bundle(golden: Golden, bundle: Any, program: Path, tmp_path: Path) -> None:
-    """Plain, and with the background's shares."""
-    folder = bundle(golden.name)
-    name = "denoiser_background" if golden.background else "denoiser"
-    check_step(program, folder / f"{name}.onnx", folder, tmp_path)
+@pytest.fixture
+def folder(exported_small: Any) -> Path:
+    """An export, which a bundle is with more beside it."""
+    return exported_small(LEAST)
+
+
+def test_plain(folder: Path, program: Path, tmp_path: Path) -> None:
+    check_step(program, folder / "denoiser.onnx", folder, tmp_path)
 
 
 def test_shares_in_half_precision(exported_small: Any, program: Path, tmp_path: Path) -> None:
+    """With background; the graph itself is given."""
     graph = exported_small(LEAST, background=True, precision="float16") / "denoiser_background.onnx"
     check_step(program, graph, graph, tmp_path)
 
@@ -99,49 +101,49 @@ def test_shares_in_half_precision(exported_small: Any, program: Path, tmp_path: 
     ],
 )
 def test_inputs_that_are_refused(
-    bundle: Any, program: Path, tmp_path: Path, name: str, array: Any, said: str
+    folder: Path, program: Path, tmp_path: Path, name: str, array: Any, said: str
 ) -> None:
-    inputs_of(bundle("dual") / "denoiser.onnx", tmp_path)
+    inputs_of(folder / "denoiser.onnx", tmp_path)
     path = tmp_path / f"{name}.npy"
     path.unlink()
     if isinstance(array, bytes):
         path.write_bytes(array)
     elif array is not None:
         np.save(path, array)
-    run = step(program, bundle("dual"), tmp_path, tmp_path / "noise.npy")
+    run = step(program, folder, tmp_path, tmp_path / "noise.npy")
     assert run.returncode == 1
     assert said in run.stderr
     assert f"{name}.npy" in run.stderr
     assert not (tmp_path / "noise.npy").exists()
 
 
-def test_a_file_cut_short(bundle: Any, program: Path, tmp_path: Path) -> None:
-    inputs_of(bundle("dual") / "denoiser.onnx", tmp_path)
+def test_a_file_cut_short(folder: Path, program: Path, tmp_path: Path) -> None:
+    inputs_of(folder / "denoiser.onnx", tmp_path)
     path = tmp_path / "context.npy"
     path.write_bytes(path.read_bytes()[:-4])
-    run = step(program, bundle("dual"), tmp_path, tmp_path / "noise.npy")
+    run = step(program, folder, tmp_path, tmp_path / "noise.npy")
     assert (run.returncode, run.stdout) == (1, "")
     assert "context.npy is not as long as its shape [2, 2, 77, 32] says" in run.stderr
 
 
-def test_graphs_that_are_refused(bundle: Any, program: Path, tmp_path: Path) -> None:
-    inputs_of(bundle("dual") / "denoiser.onnx", tmp_path)
+def test_graphs_that_are_refused(folder: Path, program: Path, tmp_path: Path) -> None:
+    inputs_of(folder / "denoiser.onnx", tmp_path)
     garbled = tmp_path / "garbled.onnx"
     garbled.write_bytes(b"no graph")
     for graph, said in (
         (tmp_path / "none.onnx", "step: no file"),
         (tmp_path, "holds no denoiser: make it with `dualdiff export bundle`"),
         (garbled, "step: ONNX Runtime: "),
-        (bundle("dual") / "vae_decoder.onnx", "cannot read"),
+        (folder / "vae_decoder.onnx", "cannot read"),
     ):
         run = step(program, graph, tmp_path, tmp_path / "noise.npy")
         assert run.returncode == 1
         assert said in run.stderr
 
 
-def test_where_nothing_can_be_written(bundle: Any, program: Path, tmp_path: Path) -> None:
-    inputs_of(bundle("dual") / "denoiser.onnx", tmp_path)
-    run = step(program, bundle("dual"), tmp_path, tmp_path / "none" / "noise.npy")
+def test_where_nothing_can_be_written(folder: Path, program: Path, tmp_path: Path) -> None:
+    inputs_of(folder / "denoiser.onnx", tmp_path)
+    run = step(program, folder, tmp_path, tmp_path / "none" / "noise.npy")
     assert run.returncode == 1
     assert "cannot write" in run.stderr
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import LEAST, WIDE, small_engine
+from small import LEAST, NAME, WIDE, small_engine
 
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
@@ -31,7 +31,7 @@ def network(folder: Path) -> dict[str, Any]:
 def test_float16(exported_small: Any, record_property: Any) -> None:
     """No further off than eager PyTorch in float16, and its weights in float16 too."""
     folder = exported_small(WIDE, precision="float16")
-    row = network(folder)["adapters"]["small"]
+    row = network(folder)["adapters"][NAME]
     worst = max(case["error"] for case in row["cases"])
     record_property("float16_error", worst)
     record_property("float16_budget_used", worst / row["tolerance"])
@@ -52,7 +52,7 @@ def test_float16_runs_in_an_engine(exported_small: Any, base: Path) -> None:
     assert engine.dtype == torch.float16
     inputs = torch.randn(2, 1, 2, 4, 16, 16), 400.0, torch.randn(2, 2, 77, 32)
     error = relative(engine.predict_noise(*inputs), eager.predict_noise(*inputs))
-    assert error <= network(folder)["adapters"]["small"]["tolerance"]
+    assert error <= network(folder)["adapters"][NAME]["tolerance"]
     with pytest.raises(BackendError, match="exported in float16, asked for float32"):
         Engine.from_pretrained(base, exported=folder, backend="onnxruntime", dtype="float32")
 
@@ -60,7 +60,7 @@ def test_float16_runs_in_an_engine(exported_small: Any, base: Path) -> None:
 def test_bfloat16(exported_small: Any) -> None:
     """Weights in bfloat16, and validated as float32 with those values: CPUs have no more."""
     folder = exported_small(LEAST, precision="bfloat16")
-    row = network(folder)["adapters"]["small"]
+    row = network(folder)["adapters"][NAME]
     assert max(case["error"] for case in row["cases"]) <= row["tolerance"] < 3e-2
     kinds = {t.dtype for t in load_file(folder / "network.safetensors").values()}
     assert kinds == {torch.bfloat16}
@@ -70,7 +70,7 @@ def test_bfloat16(exported_small: Any) -> None:
 def test_opset_18_of_any_size(exported_small: Any, base: Path) -> None:
     folder = exported_small(LEAST, opset=18, dynamic_size=True)
     about = network(folder)
-    sizes = {(case["height"], case["width"]) for case in about["adapters"]["small"]["cases"]}
+    sizes = {(case["height"], case["width"]) for case in about["adapters"][NAME]["cases"]}
     assert sizes == {(16, 16), (19, 11)}
     model = onnx.load(folder / "denoiser.onnx", load_external_data=False)
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
@@ -94,7 +94,7 @@ def test_exchange_as_an_operator_with_a_body(exported_small: Any) -> None:
     assert {node.domain for node in body.node} == {""}
     assert own["nodes"] < plain["nodes"]
     for ours, theirs in zip(
-        own["adapters"]["small"]["cases"], plain["adapters"]["small"]["cases"], strict=True
+        own["adapters"][NAME]["cases"], plain["adapters"][NAME]["cases"], strict=True
     ):
         assert ours["error"] == pytest.approx(theirs["error"], rel=1e-6)
 

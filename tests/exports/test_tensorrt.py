@@ -19,6 +19,7 @@ from dualdiff_engine import BackendError, Engine, SettingsError
 from dualdiff_engine.bench.case import RandomWeights, random_adapter
 from dualdiff_engine.export import engine_file, tensorrt_api, tensorrt_build, tensorrt_runner
 from dualdiff_engine.export.artefact import read_artefacts
+from dualdiff_engine.export.denoiser import initializers
 from dualdiff_engine.export.engine_file import Manifest
 from dualdiff_engine.export.tensorrt_build import BuildOptions
 from support import DATA
@@ -87,6 +88,10 @@ def test_every_attention_gets_a_kernel_of_its_own(
     pytest.importorskip("tensorrt_rtx")
     folder = tiny(background)
     built = tensorrt_build.build(folder, OPTIONS)
+    graphs = read_artefacts(folder)
+    engine = Engine.from_pretrained(
+        folder.parent / "base", exported=folder, backend="onnxruntime", device="cpu"
+    )
     assert {one.graph: one.attentions for one in built} == attentions
     for one in built:
         plan = folder / one.file
@@ -97,6 +102,9 @@ def test_every_attention_gets_a_kernel_of_its_own(
         assert told["targets"] == [TARGET]
         assert told["graph_sha256"] == engine_file.sha256(folder / f"{one.graph}.onnx")
         assert told["adapter"]["name"] == "tiny"
+        # what an engine with that adapter brings to a runner: a plan needs no refitting for it
+        brought = initializers(engine.unet._changed, graphs[one.graph])
+        assert told["weights_sha256"] == engine_file.weights_sha256(brought)
 
 
 def test_the_adapters_weights_keep_their_names(tiny: Any) -> None:
@@ -175,6 +183,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         width=8,
         profiles=[[1, 64]],
         refittable=False,
+        weights_sha256=engine_file.weights_sha256({"gate": torch.ones(2)}),
     )
     return engine_file.write(tmp_path, b"plan", manifest, [TARGET])
 
@@ -195,6 +204,18 @@ def test_what_was_written_is_read(plan: Path) -> None:
     assert tensorrt_runner.engine_for(plan.parent, "denoiser") == plan
     with pytest.raises(BackendError, match="no TensorRT engine of background_encoder"):
         tensorrt_runner.engine_for(plan.parent, "background_encoder")
+
+
+def test_an_engine_that_cannot_be_refitted_serves_its_adapter(plan: Path) -> None:
+    manifest, _ = read(plan)
+    holds, ones = manifest.weights_sha256, torch.ones(2)
+    others = [{"gate": 2 * ones}, {"value": ones}, {"gate": ones.half()}, {"gate": ones[None]}, {}]
+    wanted = [engine_file.weights_sha256(weights) for weights in others]
+    assert len({holds, *wanted}) == 6
+    assert not tensorrt_runner.must_refit(plan, manifest, holds, holds)
+    with pytest.raises(BackendError, match=r"serves the adapter 'hole' alone.*--refit"):
+        tensorrt_runner.must_refit(plan, manifest, holds, wanted[0])
+    assert tensorrt_runner.must_refit(plan, replace(manifest, refittable=True), holds, wanted[0])
 
 
 def test_engines_of_others_need_trust(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:

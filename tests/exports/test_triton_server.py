@@ -83,14 +83,14 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def served(model: ModuleType, repository: Path) -> Any:
+def served(model: ModuleType, repository: Path, name: str = "pairs", most: int = 4) -> Any:
     serving = model.TritonPythonModel()
     serving.initialize(
         {
-            "model_config": json.dumps({"max_batch_size": 4}),
+            "model_config": json.dumps({"max_batch_size": most}),
             "model_instance_kind": "CPU",
             "model_instance_device_id": "0",
-            "model_repository": str(repository / "pairs"),
+            "model_repository": str(repository / name),
             "model_version": "1",
         }
     )
