@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,8 @@ def test_recipes_of_the_base_make_a_folder_that_loads(
     monkeypatch.setattr(autoencoder, "STEPS", 2)
     monkeypatch.setattr(autoencoder, "CROP_STEPS", 1)
     monkeypatch.setattr(autoencoder, "REFINING_STEPS", 2)
-    monkeypatch.setattr(denoiser, "STEPS", 2)
+    phases = [replace(phase, steps=2, cycle=2) for phase in denoiser.PHASES]
+    monkeypatch.setattr(denoiser, "PHASES", phases)
     threads = torch.get_num_threads()
     try:
         train_base.main([str(tmp_path)])

@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
     unet.half().save_pretrained(output / "unet")
     return {
         "pictures": len(pictures),
-        "steps": denoiser.STEPS,
+        "phases": [asdict(phase) for phase in denoiser.PHASES],
         "batch": denoiser.BATCH,
         "seconds": round(time.monotonic() - start),
         "loss": round(loss, 5),
