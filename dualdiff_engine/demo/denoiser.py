@@ -29,9 +29,9 @@ class Phase:
 
 
 # Velocity (Salimans & Ho 2022) instead of noise: where little but noise is left, a small error in
-# predicted noise is a large one in colour. The weights that ship were begun on noise, and that
-# phase was ended early.
-PHASES = (Phase("epsilon", 1500, 2400, 1e-3), Phase("v_prediction", 1000, 1000, 8e-4))
+# predicted noise is a large one in colour. The weights that ship were begun on noise; both phases
+# were ended before their learning rate was down.
+PHASES = (Phase("epsilon", 1500, 2400, 1e-3), Phase("v_prediction", 900, 1000, 8e-4))
 BATCH = 16
 AVERAGING = 0.998
 # signal-to-noise ratio above which a timestep counts less

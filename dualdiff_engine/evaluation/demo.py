@@ -22,7 +22,7 @@ from dualdiff_engine.evaluation.data import Sample, find_pairs
 from dualdiff_engine.evaluation.downstream import METRICS, Options, run
 from dualdiff_engine.evaluation.tasks import factory_task, training_samples
 
-COUNT = 100
+COUNT = 60
 # pairs that share the surroundings of one good part
 SHARED = 10
 # pixels of a side that networks see: half the pictures', in a quarter of the time; and their steps
