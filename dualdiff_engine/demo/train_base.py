@@ -62,7 +62,7 @@ def _train_autoencoder(output: Path, seed: int) -> dict[str, Any]:
     vae = autoencoder.build()
     losses = autoencoder.train(vae, pictures, seed, tqdm.write)
     autoencoder.normalise(vae, pictures[:512])
-    vae.half().save_pretrained(output / "vae")
+    _save_autoencoder(vae, output)
     return {
         "pictures": len(pictures),
         "steps": autoencoder.STEPS,
@@ -76,7 +76,7 @@ def _refine_decoder(output: Path, seed: int) -> dict[str, Any]:
     start = time.monotonic()
     vae = _load_autoencoder(output)
     refined = autoencoder.refine(vae, _pictures(seed), seed, tqdm.write)
-    vae.half().save_pretrained(output / "vae")
+    _save_autoencoder(vae, output)
     return {
         "steps": autoencoder.REFINING_STEPS,
         "seconds": round(time.monotonic() - start),
@@ -92,6 +92,15 @@ def _pictures(seed: int) -> torch.Tensor:
 def _unseen_psnr(vae: Any, seed: int) -> float:
     unseen = autoencoder.as_tensor(material.any_pictures(TEST_PICTURES, 2 * seed + 1))
     return round(autoencoder.error(vae.float(), unseen), 2)
+
+
+def _save_autoencoder(vae: Any, output: Path) -> None:
+    vae.half().save_pretrained(output / "vae")
+    path = output / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    # where it was loaded from on the machine that trained it
+    config.pop("_name_or_path", None)
+    _write_json(path, config)
 
 
 def _load_autoencoder(output: Path) -> Any:
