@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -192,18 +192,33 @@ class RandomWeights(Mapping[str, Tensor]):
 
 
 def base_weights(model: str, seed: int) -> Mapping[str, Tensor]:
-    """The tensors of a diffusers UNet by name, each read or drawn when asked for."""
+    """The tensors of a diffusers UNet by name, fp32; the random ones drawn when asked for."""
     if model == DEMO:
-        return TensorFile(BASE / "unet" / "diffusion_pytorch_model.safetensors")
+        file = TensorFile(BASE / "unet" / "diffusion_pytorch_model.safetensors")
+        return {name: file[name].float() for name in file}
     return RandomWeights.of(model, seed)
 
 
 def adapter_of(model: str, seed: int, *, background: bool) -> adapters.Adapter:
-    """An adapter that fits the model."""
+    """An adapter that fits the model, fp32."""
     if model != DEMO:
         return random_adapter(RandomWeights.of(model, seed), background=background)
     preset = next(preset for preset in PRESETS.values() if preset.background == background)
-    return adapters.load(preset.adapter)
+    return adapter_on(adapters.load(preset.adapter), torch.float32)
+
+
+def adapter_on(adapter: Any, target: torch.device | torch.dtype) -> Any:
+    """The adapter with its tensors on another device or in another dtype."""
+    if isinstance(adapter, Tensor):
+        return adapter.to(target)
+    if isinstance(adapter, dict):
+        return {name: adapter_on(value, target) for name, value in adapter.items()}
+    if isinstance(adapter, tuple):
+        return tuple(adapter_on(value, target) for value in adapter)
+    if is_dataclass(adapter) and not isinstance(adapter, type):
+        moved = {f.name: adapter_on(getattr(adapter, f.name), target) for f in fields(adapter)}
+        return replace(adapter, **moved)
+    return adapter
 
 
 def random_adapter(base: RandomWeights, *, background: bool, rank: int = RANK) -> adapters.Adapter:

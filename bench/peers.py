@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from dualdiff_engine.bench.case import (
     Case,
     RandomWeights,
     adapter_of,
+    adapter_on,
     base_weights,
     diffusers_unet,
     network_config,
@@ -105,20 +106,6 @@ class Released:
             uncond, cond = noise.chunk(2)
             guided.append(uncond + case.guidance * (cond - uncond))
         return torch.stack(guided)
-
-
-def adapter_on(adapter: Any, target: torch.device | torch.dtype) -> Any:
-    """The adapter with its tensors on another device or in another dtype."""
-    if isinstance(adapter, Tensor):
-        return adapter.to(target)
-    if isinstance(adapter, dict):
-        return {name: adapter_on(value, target) for name, value in adapter.items()}
-    if isinstance(adapter, tuple):
-        return tuple(adapter_on(value, target) for value in adapter)
-    if is_dataclass(adapter) and not isinstance(adapter, type):
-        moved = {f.name: adapter_on(getattr(adapter, f.name), target) for f in fields(adapter)}
-        return replace(adapter, **moved)
-    return adapter
 
 
 class Diffusers:

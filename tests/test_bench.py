@@ -65,7 +65,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_record(record: dict[str, Any]) -> None:
-    assert record["case"]["model"] == "small"
+    assert record["case"]["model"] == "demo"
     assert [row["peer"] for row in record["peers"]] == ["released", "engine", "engine-fresh"]
     for row in record["peers"]:
         ms = row["ms_per_step"]

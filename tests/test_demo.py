@@ -74,17 +74,18 @@ def test_folded_and_unfolded_networks_agree(engine: Engine, name: str) -> None:
 
 
 def test_pictures_show_the_defect_where_the_mask_says(engine: Engine) -> None:
-    preset = find("fabric/hole")
-    engine.load_adapter(preset.adapter, "hole")
+    preset = find("fabric/stain")
+    engine.load_adapter(preset.adapter, "stain")
     pairs = engine.generate(seeds=[0, 1], output_type="np", **preset.options())
-    engine.unload_adapter("hole")
+    engine.unload_adapter("stain")
     assert not any(pair.empty_mask for pair in pairs)
     for pair in pairs:
         inside = pair.mask > 0
         assert 0.01 < inside.mean() < 0.25
         difference = np.abs(pair.image - pair.anomaly).mean(axis=2)
-        # the branches draw the same thing there, and the anomaly picture nothing elsewhere
-        assert difference[inside].mean() < 0.12
+        # the branches draw the same thing there, unlike black, and the anomaly picture nothing
+        # elsewhere
+        assert difference[inside].mean() < pair.image[inside].mean() / 2
         assert pair.anomaly[~inside].mean() < 0.05
 
 

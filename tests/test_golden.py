@@ -95,7 +95,7 @@ def unfolded_noise(golden: Golden, dtype: torch.dtype) -> Tensor:
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     from dualdiff_engine import adapters
-    from dualdiff_engine.bench.peers import adapter_on
+    from dualdiff_engine.bench.case import adapter_on
 
     unet: Any = UNet2DConditionModel.from_pretrained(
         golden.folder / "model" / "unet", torch_dtype=dtype, low_cpu_mem_usage=False

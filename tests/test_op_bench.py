@@ -88,7 +88,7 @@ def test_ops_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "guided_step" in out
     record = json.loads(path.read_text())
-    assert record["case"] == {"model": "small", "batch": 1, "size": 192, "background": False}
+    assert record["case"] == {"model": "demo", "batch": 1, "size": 128, "background": False}
     assert record["ceilings"]["bytes_per_s"] > 1e8
     (eager,) = (row for row in record["rows"] if row["by"] == "eager")
     assert eager["calls_per_step"] == 1

@@ -33,9 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     output: Path = options.output
-    for stage in options.stage or STAGES:
-        if stage not in _recorded(output):
-            _record(output, stage, STAGES[stage](output, options.seed), options)
+    # whatever mode the caller is in
+    with torch.inference_mode(False), torch.enable_grad():
+        for stage in options.stage or STAGES:
+            if stage not in _recorded(output):
+                _record(output, stage, STAGES[stage](output, options.seed), options)
 
 
 def _recorded(output: Path) -> dict[str, Any]:
