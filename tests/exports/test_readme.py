@@ -45,10 +45,14 @@ def workplace(tmp_path: Path, exported_small: Any, monkeypatch: pytest.MonkeyPat
     for seed, name in ((1, NAME), (2, OTHER)):
         save_file(small_adapter(engine, seed), tmp_path / f"{name}.safetensors")
 
+    # before writing is replaced, as it is what traces them
+    traced = {
+        "float32": exported_small(LEAST),
+        "bfloat16": exported_small(LEAST, precision="bfloat16"),
+    }
+
     def reuse(engine: Any, folder: Path, options: onnx_export.Options, *_: Any) -> dict[str, Any]:
-        half = options.precision != "float32"
-        traced = exported_small(LEAST, **({"precision": options.precision} if half else {}))
-        shutil.copytree(traced, folder, dirs_exist_ok=True)
+        shutil.copytree(traced[options.precision], folder, dirs_exist_ok=True)
         return {"graphs": {}}
 
     monkeypatch.setattr(onnx_export, "write_folder", reuse)
