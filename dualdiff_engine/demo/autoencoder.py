@@ -15,7 +15,7 @@ from dualdiff_engine.demo.fields import SIZE, Bytes
 STEPS, CROP_STEPS, REFINING_STEPS = 1000, 860, 600
 CROP, BATCH, WHOLE_BATCH = 64, 16, 4
 RATE, REFINING_RATE = 2e-3, 1e-3
-# per latent number; holds the posterior's deviation near a tenth of the latents'
+# per latent number; leaves the posterior's deviation at about a quarter of the latents'
 DIVERGENCE = 1e-3
 EDGES = 1.0
 
