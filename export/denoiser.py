@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ class Runner(Protocol):
     def __call__(self, **inputs: Tensor) -> list[Tensor]: ...
 
 
-class ExportedDenoiser(DualUNet):
+class ExportedDenoiser(DualUNet, ABC):
     """DualUNet without values: what it would compute, exported graphs do.
 
     What the network makes of timesteps and prompts is made inside the graphs, so the time bias of a
@@ -54,9 +55,9 @@ class ExportedDenoiser(DualUNet):
         """Of the graph in use."""
         return self.artefacts[self._main]
 
+    @abstractmethod
     def build(self, graph: str, changed: Mapping[str, Tensor]) -> Runner:
         """A runner of a graph, with other values for these of its initializers."""
-        raise NotImplementedError
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take another adapter: tensors as from `weights.fold_sites`, read when first needed."""
