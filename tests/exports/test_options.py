@@ -39,7 +39,7 @@ def test_float16(exported_small: Any, record_property: Any) -> None:
     assert network(folder)["attentions"] == 8
     kinds = {t.dtype for t in load_file(folder / "network.safetensors").values()}
     assert kinds == {torch.float16}
-    adapter = load_file(folder / "adapters" / "small.safetensors")
+    adapter = load_file(folder / "adapters" / f"{NAME}.safetensors")
     wide = {name.rpartition(".")[2] for name, t in adapter.items() if t.dtype == torch.float32}
     # of the text encoder, and of the gate, whose scores are fp32
     assert wide == {"gate_bias", "weight"}
