@@ -6,7 +6,7 @@ scheduler in fp32 runs around any of them. F branches, R guidance rows, B pairs,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dualdiff_engine.model.config import UNetConfig
-from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.model.unet import DualUNet, frequencies
 from dualdiff_engine.ops import Ops, bind
 
 META = torch.device("meta")
@@ -87,12 +87,22 @@ def empty_network(
     return unet
 
 
-class DenoiserGraph(nn.Module):
-    """One denoiser call: latents [2, B, 4, h, w], shared by the guidance rows."""
+class NetworkGraph(nn.Module):
+    """A call of the network, timestep included."""
 
     def __init__(self, unet: DualUNet) -> None:
         super().__init__()
         self.unet = unet
+        # in the graph as numbers: an angle is up to a thousand times a frequency, whose last bit
+        # every library of exponentials rounds in its own way
+        self.frequencies = frequencies(unet.config, "cpu")
+
+    def time_bias(self, timestep: Tensor) -> Sequence[Tensor]:
+        return self.unet.embedded_bias(timestep, self.frequencies.to(timestep.device))[0]
+
+
+class DenoiserGraph(NetworkGraph):
+    """One denoiser call: latents [2, B, 4, h, w], shared by the guidance rows."""
 
     def forward(
         self, latents: Tensor, timestep: Tensor, context: Tensor, *background: Tensor
@@ -100,16 +110,12 @@ class DenoiserGraph(nn.Module):
         """timestep [1], context [2, R, L, X], background per self site [R, S, 2·C] -> noise."""
         unet = self.unet
         text = unet.text_projections(context.to(unet.conv_in.weight.dtype))
-        bias = unet.time_bias(timestep)[0]
+        bias = self.time_bias(timestep)
         return unet(latents.unsqueeze(1), bias, text, background or None).float()
 
 
-class BackgroundGraph(nn.Module):
+class BackgroundGraph(NetworkGraph):
     """The background pass: latents [R, 4, h, w], noised to the timestep -> shares per self site."""
-
-    def __init__(self, unet: DualUNet) -> None:
-        super().__init__()
-        self.unet = unet
 
     def forward(self, latents: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, ...]:
         """timestep [1], context [R, L, X] of the image branch -> each [R, S, 2·C].
@@ -118,7 +124,7 @@ class BackgroundGraph(nn.Module):
         """
         unet = self.unet
         text = unet.text_projections(context[None].to(unet.conv_in.weight.dtype))
-        bias = unet.time_bias(timestep)[0]
+        bias = self.time_bias(timestep)
         return tuple(unet.background_shares(latents, bias, text))
 
 

@@ -92,10 +92,12 @@ class DualUNet(nn.Module):
 
     def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
         """For every timestep [T], the bias of each resnet's first convolution, [C_out]."""
-        config = self.config
-        embedding = timestep_embedding(
-            timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift
-        ).to(self.time_table.weight.dtype)
+        return self.embedded_bias(timesteps, frequencies(self.config, timesteps.device))
+
+    def embedded_bias(self, timesteps: Tensor, frequencies: Tensor) -> list[Sequence[Tensor]]:
+        """As `time_bias`, with the `frequencies` of the embedding given."""
+        embedding = timestep_embedding(timesteps, frequencies, self.config.flip_sin_to_cos)
+        embedding = embedding.to(self.time_table.weight.dtype)
         linear, silu = self.ops.linear, nn.functional.silu
         hidden = silu(linear(embedding, self.time_linear_1.weight, self.time_linear_1.bias))
         hidden = silu(linear(hidden, self.time_linear_2.weight, self.time_linear_2.bias))
@@ -149,12 +151,15 @@ class DualUNet(nn.Module):
         return self.conv_out(norm_silu(self.ops, self.norm_out, x)).contiguous()
 
 
-def timestep_embedding(
-    timesteps: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: float
-) -> Tensor:
-    """Sinusoids [T, width] (DDPM, appendix B), in fp32 as the base models were trained with."""
-    half = width // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))[None]
+def frequencies(config: UNetConfig, device: torch.device | str) -> Tensor:
+    """Of the timestep's sinusoids, [C / 2] in fp32 (DDPM, appendix B)."""
+    half = config.channels[0] // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=device)
+    return torch.exp(exponent / (half - config.freq_shift))
+
+
+def timestep_embedding(timesteps: Tensor, frequencies: Tensor, flip_sin_to_cos: bool) -> Tensor:
+    """Sinusoids [T, C] of timesteps [T], in fp32 as the base models were trained with."""
+    angles = timesteps.float()[:, None] * frequencies[None]
     parts = [torch.cos(angles), torch.sin(angles)]
     return torch.cat(parts if flip_sin_to_cos else parts[::-1], dim=-1)
