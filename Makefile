@@ -2,6 +2,9 @@
 PYTHON ?= python3
 RUN := .venv/bin
 TEST := .venv-test/bin
+# files of tests side by side; a process takes about 2 GB at most
+WORKERS ?= 2
+PYTEST := $(TEST)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo bench test native lint types interpreter aot exports clean
 
@@ -12,7 +15,7 @@ bench: .venv/ready
 	$(RUN)/dualdiff-bench --batch 32
 
 test: .venv-test/ready
-	$(TEST)/python -m pytest
+	$(PYTEST)
 
 # The C++ kernels, or an error; the environments build them where they can and go without elsewhere.
 native: .venv-test/ready
@@ -21,7 +24,7 @@ native: .venv-test/ready
 
 # Triton kernels on a CPU: interpreted, and compiled ahead of time. Each in a process of its own.
 interpreter: .venv-test/ready
-	TRITON_INTERPRET=1 $(TEST)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 aot: .venv-test/ready
 	$(TEST)/python -m pytest tests/aot -s
@@ -30,7 +33,7 @@ aot: .venv-test/ready
 # can be had
 exports: .venv-test/ready
 	-test -e $(TEST)/../include/onnxruntime || tests/exports/headers.sh $(TEST)/../include/onnxruntime
-	$(TEST)/python -m pytest tests/exports
+	$(PYTEST) tests/exports
 
 lint: .venv-test/ready
 	$(TEST)/ruff check .

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from small import small_engine
 
 from support import DATA, golden_engine
@@ -36,38 +38,54 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
+class Kept:
+    """Exports by what was asked for, shared by the processes that run tests side by side."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, asked: list[Any], make: Callable[[Path], object]) -> Path:
+        """The folder that `make` wrote for it, now or before. Tests only read it."""
+        folder = self.root / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                make(folder)
+        return folder
+
+
 @pytest.fixture(scope="session")
-def exported(request: pytest.FixtureRequest) -> Any:
-    """exported(case, **options): the folder that `export_onnx` wrote. Tests only read it."""
-    kept = Path(request.config.cache.mkdir(f"exports-{code()}"))
+def kept(request: pytest.FixtureRequest) -> Kept:
+    return Kept(Path(request.config.cache.mkdir(f"exports-{code()}")))
+
+
+@pytest.fixture(scope="session")
+def exported(kept: Kept) -> Any:
+    """exported(case, **options): the folder that `export_onnx` wrote."""
 
     def get(name: str, **options: Any) -> Path:
         from dualdiff_engine.export.onnx_export import Options, export_onnx
 
-        said = json.dumps([name, sorted(options.items())])
-        folder = kept / hashlib.sha256(said.encode()).hexdigest()[:16]
-        if not folder.exists():
+        def make(folder: Path) -> None:
             export_onnx(golden_engine(name), folder, Options(**options))
-        return folder
+
+        return kept.get([name, sorted(options.items())], make)
 
     return get
 
 
 @pytest.fixture(scope="session")
-def exported_small(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Any:
+def exported_small(kept: Kept, tmp_path_factory: Any) -> Any:
     """exported_small(channels, background=, **options): as `exported`, of a small network."""
-    kept = Path(request.config.cache.mkdir(f"exports-{code()}"))
 
     def get(channels: tuple[int, ...], *, background: bool = False, **options: Any) -> Path:
-        from dualdiff_engine.export import onnx_export
+        from dualdiff_engine.export.onnx_export import Options, export_onnx
 
-        said = json.dumps([channels, background, sorted(options.items())])
-        folder = kept / hashlib.sha256(said.encode()).hexdigest()[:16]
-        if not folder.exists():
+        def make(folder: Path) -> None:
             base = tmp_path_factory.mktemp("base") / "base"
             engine = small_engine(base, channels, background=background)
-            onnx_export.export_onnx(engine, folder, onnx_export.Options(**options))
-        return folder
+            export_onnx(engine, folder, Options(**options))
+
+        return kept.get([channels, background, sorted(options.items())], make)
 
     return get
 
