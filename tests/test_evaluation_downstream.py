@@ -179,7 +179,7 @@ def test_command_on_users_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main([*words, "--ceiling", "3", "--out", str(out)]) == 0
     record = json.loads(out.read_text())["tasks"]["dent"]
     counts = {arm: found["pictures"] for arm, found in record["arms"].items()}
-    assert counts == {"real": 2, "generated": 6, "ceiling": 5}
+    assert counts == {"real": 2, "generated": 6, "both": 8, "ceiling": 5}
     assert record["pictures"] == {"good": 4, "test": 3, "good test": 4}
     shown = capsys.readouterr()
     assert "| dent | 5 real (ceiling) |" in shown.out
@@ -197,7 +197,7 @@ def test_command_on_the_factory(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main([*words, "--json", "--quiet"]) == 0
     record = json.loads(capsys.readouterr().out)["tasks"]["tile/chip"]
     counts = {arm: found["pictures"] for arm, found in record["arms"].items()}
-    assert counts == {"real": 8, "generated": 3, "ceiling": 3}
+    assert counts == {"real": 8, "generated": 3, "both": 11, "ceiling": 3}
     assert record["pictures"] == {"good": 4, "test": 3, "good test": 3}
 
 
@@ -206,6 +206,8 @@ def test_no_picture_is_in_two_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tasks, "TEST", 4)
     pairs = find_pairs(factory_run(tmp_path / "run", "tile", "chip", 4))
     task = tasks.factory_task(pairs, "tile", "chip", 128)
+    both = task.arms.pop("both")  # type: ignore[attr-defined]
+    assert len(both) == len(task.arms["real"]) + len(task.arms["generated"])
     sets = [m.images for m in (*task.arms.values(), task.test)] + [task.good, task.test_good]
     pictures = [image.tobytes() for images in sets for image in images]
     assert len(set(pictures)) == len(pictures) == 8 + 4 * 5

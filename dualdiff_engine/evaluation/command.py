@@ -85,7 +85,7 @@ def downstream(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a small network on pairs and on few real pictures, test both on unseen ones."""
+    """Train a small network on pairs, on few real pictures and on both; test on unseen ones."""
     from dualdiff_engine.evaluation import data, records, report, tasks
     from dualdiff_engine.evaluation.downstream import Options, run
 

@@ -84,6 +84,10 @@ class Material:
         kept = self.masks.any(axis=(1, 2))
         return Material(self.images[kept], self.masks[kept])
 
+    def joined(self, other: Material) -> Material:
+        images = np.concatenate([self.images, other.images])
+        return Material(images, np.concatenate([self.masks, other.masks]))
+
 
 @dataclass(frozen=True)
 class Task:

@@ -15,7 +15,12 @@ _HEADS = {
     "pixel_f1_max": "pixel F1-max",
     "image_auroc": "image AUROC",
 }
-_ARMS = {"real": "{} real", "generated": "{} generated", "ceiling": "{} real (ceiling)"}
+_ARMS = {
+    "real": "{} real",
+    "generated": "{} generated",
+    "both": "{} of both",
+    "ceiling": "{} real (ceiling)",
+}
 
 
 def downstream(tasks: Mapping[str, Mapping[str, Any]]) -> str:

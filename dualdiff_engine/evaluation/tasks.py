@@ -29,7 +29,7 @@ TEST = 100
 def user_task(
     pairs: Sequence[Sample], real: Path, defect: str, size: int, few: int = FEW, more: int = 0
 ) -> Task:
-    """Arms on `generated` pairs and on the first `few` `real` pictures by name.
+    """Arms on `generated` pairs, on the first `few` `real` pictures by name, and on `both`.
 
     real: folder in MVTec layout, with `train/good` and `test/good`. more: where not 0, the arm
     `ceiling` trains on that many real pictures beyond the few. The pictures after these are tested
@@ -42,7 +42,7 @@ def user_task(
             f"{real}/test/{defect}: {len(samples)} pictures, {few + more} to train on leave "
             f"{max(len(samples) - few - more, 0)} to test on, at least 2 are needed: train on fewer"
         )
-    arms = {"real": _loaded(samples[:few], size), "generated": _loaded(pairs, size)}
+    arms = _arms(_loaded(samples[:few], size), _loaded(pairs, size))
     if more:
         arms["ceiling"] = _loaded(samples[: few + more], size)
     test = _loaded(samples[few + more :], size)
@@ -50,8 +50,8 @@ def user_task(
 
 
 def factory_task(pairs: Sequence[Sample], part: str, defect: str, size: int) -> Task:
-    """Arms on `generated` pairs, the `real` pictures that the demo adapter was trained on, and a
-    `ceiling` of as many new ones as there are pairs with a mask.
+    """Arms on `generated` pairs, on the `real` pictures that the demo adapter was trained on, on
+    `both`, and a `ceiling` of as many new ones as there are pairs with a mask.
 
     They train with `GOOD` good pictures, and are tested on `TEST` defective ones, as many good.
     """
@@ -60,7 +60,7 @@ def factory_task(pairs: Sequence[Sample], part: str, defect: str, size: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         real = _loaded(training_samples(Path(folder), part, defect), size)
     return Task(
-        {"real": real, "generated": generated, "ceiling": ceiling},
+        {**_arms(real, generated), "ceiling": ceiling},
         _made(part, None, GOOD_SEED, GOOD, size).images,
         _made(part, defect, TEST_SEED, TEST, size),
         _made(part, None, TEST_GOOD_SEED, TEST, size).images,
@@ -74,6 +74,10 @@ def training_samples(folder: Path, part: str, defect: str) -> list[Sample]:
 
     write_dataset(folder, part, [defect], good=0, defective=PICTURES, seed=DATA_SEED)
     return find_real(folder, defect)
+
+
+def _arms(real: Material, generated: Material) -> dict[str, Material]:
+    return {"real": real, "generated": generated, "both": real.joined(generated)}
 
 
 def _loaded(samples: Sequence[Sample], size: int) -> Material:
