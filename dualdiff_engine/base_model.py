@@ -156,8 +156,11 @@ class BaseModel:
             )
         except (OSError, ValueError, KeyError) as error:
             raise BaseModelError(f"{self.folder}/vae: {error}") from error
-        vae = vae.to(device, memory_format=torch.channels_last)
-        return vae.eval().requires_grad_(False)
+        layout = torch.channels_last
+        if device.type == "cpu" and dtype == torch.float32:
+            # channels last, PyTorch's GroupNorm on a CPU loses more digits the larger the map is
+            layout = torch.contiguous_format
+        return vae.to(device, memory_format=layout).eval().requires_grad_(False)
 
     @property
     def pixels_per_latent(self) -> int:

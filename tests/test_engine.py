@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dualdiff_engine import (
 )
 from dualdiff_engine.graph import GraphedDenoiser
 from dualdiff_engine.ops import bind
-from support import DATA, Recorder, golden_engine
+from support import DATA, Recorder, golden_engine, relative
 
 QUICK: dict[str, Any] = {"steps": 3, "size": 64}
 
@@ -141,6 +142,18 @@ def test_sizes_need_not_be_square(dual: Engine) -> None:
     (pair,) = dual.generate(seeds=[1], steps=1, size=(72, 104))
     assert pair.image.size == (104, 72)
     assert pair.mask.size == (104, 72)
+
+
+def test_large_pictures_are_decoded_as_exactly_as_small_ones(dual: Engine) -> None:
+    """Rounding is a matter of depth; PyTorch's GroupNorm, channels last, adds the map's size."""
+    exact = copy.deepcopy(dual.vae).double()
+    lost = []
+    for side in (16, 64):
+        latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+        lost.append(
+            relative(dual.vae.decode(latents).sample, exact.decode(latents.double()).sample)
+        )
+    assert lost[1] <= 2 * lost[0]
 
 
 def test_prompts_change_the_picture(dual: Engine) -> None:
