@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.ops import bind, native
+from op_inputs import draw
 from tolerance import assert_within_budget
 
 ROOT = Path(__file__).parent.parent
@@ -38,10 +39,6 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

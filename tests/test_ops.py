@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from dualdiff_engine.adapters import Affine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.ops import NAMES, Ops, bind, native, reference
 from dualdiff_engine.weights import fold_interaction
+from op_inputs import draw, interaction, poison, strided, unfolded_interaction
 from tolerance import assert_within_budget
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -40,28 +40,9 @@ def ops(backend: str, dtype: torch.dtype) -> Ops:
     return bind(backend, dtype=dtype)
 
 
-_new_empty = Tensor.new_empty
-
-
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that an op takes and does not write shows as NaN."""
-
-    def poisoned(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        return _new_empty(self, *shape, **options).fill_(math.nan)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-
-
-def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values, as a view into something twice as wide."""
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
-    wide[..., : x.shape[-1]] = x
-    return wide[..., : x.shape[-1]]
+    poison(monkeypatch)
 
 
 @pytest.mark.parametrize(("rows", "channels"), SHAPES)
@@ -136,27 +117,6 @@ def test_attention(ops: Ops, dtype: torch.dtype, heads: int, queries: int, keys:
     actual = ops.attention(strided(q), k, v, heads)
     assert actual.is_contiguous()
     assert_within_budget("attention", actual, eager(q, k, v), exact)
-
-
-def interaction(channels: int, dtype: torch.dtype) -> dict[str, Affine]:
-    parts = {}
-    for number, name in enumerate(("norm", "input", "query", "key", "value", "output")):
-        shape = (channels,) if name == "norm" else (channels, channels)
-        weight = draw(*shape, dtype=dtype, seed=number) / (1 if name == "norm" else channels**0.5)
-        parts[name] = Affine(weight, 0.3 * draw(channels, dtype=dtype, seed=number + 10))
-    return parts
-
-
-def unfolded_interaction(x: Tensor, parts: dict[str, Affine]) -> Tensor:
-    """The ten products, as printed in the paper's formulas. x [2, M, C]."""
-    channels = x.shape[-1]
-    norm = parts["norm"]
-    z = F.layer_norm(x, (channels,), norm.weight, norm.bias, 1e-6)
-    z = F.linear(z, parts["input"].weight, parts["input"].bias)
-    q, k, v = (F.linear(z, parts[n].weight, parts[n].bias) for n in ("query", "key", "value"))
-    scores = torch.einsum("fmc,gmc->mfg", q, k) / math.sqrt(channels)
-    mixed = torch.einsum("mfg,gmc->fmc", torch.softmax(scores, dim=-1), v)
-    return x + F.linear(mixed, parts["output"].weight, parts["output"].bias)
 
 
 @pytest.mark.parametrize(("rows", "channels"), SHAPES)

@@ -12,26 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualdiff_engine.ops.triton.attention import attention, candidates, default_config, split
-from test_ops import draw, strided
+from op_inputs import draw, strided
 from tolerance import assert_within_budget
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that the kernel takes and does not write shows as NaN."""
-
-    def poisoned(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        size = shape[0] if isinstance(shape[0], torch.Size) else shape
-        return self.new_full(size, math.nan, **options)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,46 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualdiff_engine.ops.triton.branch_linear import branch_linear, linear
+from op_inputs import draw, spread, strided
 from tolerance import assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 # the package has ops under the names of their modules
 module = importlib.import_module("dualdiff_engine.ops.triton.branch_linear")
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KEEP = 0.7
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that an op takes and does not write shows as NaN."""
-
-    def poisoned(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        return self.new_full(shape, math.nan, **options)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-
-
-def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values, every row in one twice as long."""
-    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
-    wide[..., : x.shape[-1]] = x
-    return wide[..., : x.shape[-1]]
-
-
-def spread(x: Tensor) -> Tensor:
-    """The same values, no single stride between rows."""
-    wide = x.new_full((x.shape[0], 2 * x.shape[1], x.shape[2]), math.nan)
-    wide[:, : x.shape[1]] = x
-    return wide[:, : x.shape[1]]
 
 
 # odd sizes; one row; more than a tile of rows, columns and channels

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,32 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dualdiff_engine.ops.triton.group_norm_silu import group_norm_silu
+from op_inputs import draw
 from tolerance import assert_within_budget, relative
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 # the package has ops under the names of their modules
 module = importlib.import_module("dualdiff_engine.ops.triton.group_norm_silu")
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that an op takes and does not write shows as NaN."""
-
-    def poisoned(self: Tensor, *shape: Any, **options: Any) -> Tensor:
-        return self.new_full(shape, math.nan, **options)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-
-
-def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def maps(*shape: int, dtype: torch.dtype) -> Tensor:

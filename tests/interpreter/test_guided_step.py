@@ -9,10 +9,7 @@ from dualdiff_engine.ops import reference
 from dualdiff_engine.ops.triton.guided_step import guided_step
 from tolerance import assert_within_budget
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 2, 3, 4, 5, 7), (1, 2, 1, 4, 16, 17)])
 def test_guided_step(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
