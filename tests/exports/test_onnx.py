@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,20 @@ def test_weights_are_shared_and_begin_on_pages(folder: Path) -> None:
     assert all(len(places) == 1 for places in named.values())
     for path in folder.rglob("*.safetensors"):
         assert min(place.offset for place in weight_files.places(path).values()) % 4096 == 0
+
+
+@pytest.mark.parametrize("graph", ["vae_decoder", "vae_encoder"])
+def test_pictures_may_lose_what_their_norms_add_up(dual: Engine, folder: Path, graph: str) -> None:
+    """Four times the numbers at twice the side; below a hundredth of half a level at this size."""
+    artefact = replace(read_artefacts(folder)["vae_decoder"], graph=graph)
+    (small,) = validate._normed(dual.vae, artefact)
+    (large,) = validate._normed(dual.vae, replace(artefact, height=32, width=32))
+    assert large == 4 * small > 0
+    assert validate._tolerance(dual, artefact, (1,))[0] == validate.PICTURE
+    huge = validate._tolerance(dual, replace(artefact, height=512, width=512), (1,))[0]
+    assert huge == pytest.approx(validate.UNIT * (1024 * small / 6) ** 0.5)
+    # the engine's own decoder is on no other device for it
+    assert next(dual.vae.parameters()).device.type == "cpu"
 
 
 def test_an_export_that_misses_its_tolerance_is_not_kept(
