@@ -19,6 +19,7 @@ _ELEMENT = {
     torch.float16: 10,
     torch.bfloat16: 16,
 }
+HALF = (torch.float16, torch.bfloat16)
 
 
 def onnxruntime() -> Any:
@@ -66,6 +67,10 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # the session reads these where they are, as long as it lives
         self._changed = _override(runtime, options, changed or {})
+        if any(tensor.dtype in HALF for tensor in (changed or {}).values()):
+            # one level up, what was in the file is widened before it is replaced, and then used
+            level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.graph_optimization_level = level
         try:
             self.session = runtime.InferenceSession(
                 str(path), options, providers=[(provider, settings)]
