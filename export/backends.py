@@ -13,7 +13,7 @@ from dualdiff_engine import adapters, request
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import tensorrt_api
+from dualdiff_engine.export import engine_file, tensorrt_api
 from dualdiff_engine.export.artefact import MANIFEST, Artefact, read_artefacts
 from dualdiff_engine.export.bundle import check_files, read_manifest
 from dualdiff_engine.export.denoiser import ExportedDenoiser, OnnxDenoiser
@@ -74,15 +74,16 @@ def check_runtime(backend: str, device: torch.device) -> None:
 
 
 def fastest(
-    folder: Path, artefacts: Mapping[str, Artefact], device: torch.device
+    folder: Path, artefacts: Mapping[str, Artefact], device: torch.device, trust: bool
 ) -> tuple[str, str]:
-    """(backend, why) of a bundle: TensorRT where engines for this GPU were built beside it."""
+    """(backend, why) of a bundle: TensorRT where engines that may run here lie beside it."""
     if device.type != "cuda":
         return "onnxruntime", ""
     try:
-        tensorrt_api.installed()
-        for graph in artefacts.keys() & set(GRAPHS):
-            engine_for(folder, graph)
+        flavour = tensorrt_api.installed()
+        version = str(tensorrt_api.package(flavour).__version__)
+        for graph in sorted(artefacts.keys() & set(GRAPHS)):
+            engine_file.check_claims(engine_for(folder, graph), flavour, version, trust=trust)
     except BackendError as error:
         return "onnxruntime", f"not TensorRT: {error}"
     return "tensorrt", "engines for this GPU lie beside the graphs"
@@ -194,7 +195,7 @@ def from_bundle(
     if backend not in ("auto", "onnxruntime", "tensorrt"):
         raise BackendError(f"a bundle runs on onnxruntime or tensorrt, not on {backend!r}")
     if backend == "auto":
-        backend, reason = fastest(folder, artefacts, target)
+        backend, reason = fastest(folder, artefacts, target, trust)
         why = f"{why}; {reason}" if reason else why
     check_runtime(backend, target)
     base = BundledBase(folder, artefacts)

@@ -11,7 +11,7 @@ from typing import Any
 import dualdiff_engine
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import artefact, onnx_export
+from dualdiff_engine.export import artefact, engine_file, exchange, onnx_export
 from dualdiff_engine.export.artefact import ADAPTERS, read_artefacts
 from dualdiff_engine.export.folded import read_adapters
 from dualdiff_engine.export.onnx_export import Exporter, Options
@@ -19,8 +19,6 @@ from dualdiff_engine.export.validate import REPORT, sha256
 
 MANIFEST = artefact.MANIFEST
 FORMAT = 1
-# built later, for one machine, and never trusted because of where they lie
-ENGINES = "engines"
 # what a tokenizer, scheduler or network is configured by
 _CONFIGS = ("tokenizer/*", "scheduler/*.json", "unet/config.json", "vae/config.json")
 Say = Callable[[str], None]
@@ -65,7 +63,10 @@ def _copy_configs(base: Path, folder: Path) -> None:
 
 
 def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
-    """(Re)write the manifest from what lies in the folder."""
+    """(Re)write the manifest from what lies in the folder.
+
+    Engines have manifests of their own: they may be built, and built again, after this.
+    """
     path = folder / MANIFEST
     if first is None:
         first = read_manifest(folder)["first"]
@@ -75,7 +76,7 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != path and ENGINES not in file.relative_to(folder).parts
+        if file.is_file() and file != path and not engine_file.belongs(file)
     }
     manifest = {
         "format": FORMAT,
@@ -168,7 +169,7 @@ def add_adapter(
         scale = engine.pixels_per_latent
         options = Options(
             one.precision, one.opset, one.height * scale, one.width * scale, one.dynamic_size,
-            one.max_batch,
+            one.max_batch, exchange_operator=any(map(exchange.is_kept, folder.glob("*.onnx"))),
         )  # fmt: skip
         exporter = Exporter(engine, folder, options, say)
         if (folder / ADAPTERS / f"{exporter.name}.safetensors").exists():

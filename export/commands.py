@@ -159,11 +159,12 @@ def bundle(
     dynamic_size: Dynamic = False,
     max_batch: MaxBatch = 64,
     batches: Batches = "1,2,3",
+    exchange_operator: Operator = False,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one folder that `Engine.from_bundle` runs: ONNX, adapters, tokenizer, scheduler."""
-    options = _options(precision, opset, size, dynamic_size, max_batch, batches, False)
+    options = _options(precision, opset, size, dynamic_size, max_batch, batches, exchange_operator)
     from dualdiff_engine.export.bundle import write_bundle
 
     say = _say(quiet)
@@ -185,13 +186,21 @@ def tensorrt(
     refit: Annotated[
         bool | None, typer.Option(help="Keep the adapter replaceable; by default with a GPU.")
     ] = None,
+    exchange_plugin: Annotated[
+        bool,
+        typer.Option(
+            "--exchange-plugin",
+            help="The exchange by our Triton kernel: of TensorRT, for --exchange-operator.",
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Build TensorRT engines of the denoiser graphs, beside them."""
     _require("onnx")
     from dualdiff_engine.export.tensorrt_build import BuildOptions, build
 
-    options = BuildOptions(flavour or "", tuple(target or ()), _numbers(batches), refit)
+    targets = tuple(target or ())
+    options = BuildOptions(flavour or "", targets, _numbers(batches), refit, exchange_plugin)
     say = _say(quiet)
     for built in build(folder, options, say):
         kind = "refittable" if built.refittable else "for its adapter alone"
@@ -207,12 +216,15 @@ def triton_server(
     instances: Annotated[int, typer.Option(min=1, help="Per device.")] = 1,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests joined at most.")] = 8,
     delay_us: Annotated[int, typer.Option(min=0, help="How long requests wait to be joined.")] = 0,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the bundle's TensorRT engines whoever built them.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server around a bundle."""
     from dualdiff_engine.export.triton_server import Serving, write_repository
 
-    serving = Serving(name, device, instances, max_batch, delay_us)
+    serving = Serving(name, device, instances, max_batch, delay_us, trust)
     write_repository(bundle, out, serving)
     _say(quiet)(f"tritonserver --model-repository {out}")
 
@@ -228,6 +240,6 @@ def verify(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
-    typer.echo(f"{bundle}: {report['files']} files as written")
+    typer.echo(f"{bundle}: {report['files']} files and {report['engines']} engines as written")
     for name, row in report["parity"].items():
         typer.echo(f"{name}: error {row['error']:.1e} (allowed {row['tolerance']:.1e})")

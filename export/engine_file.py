@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dualdiff_engine.errors import BackendError
 FORMAT = 1
 # a manifest is a page; more is not one
 MOST_MANIFEST_BYTES = 1 << 20
+SUFFIX, TIMING_CACHE = ".plan", "timing.cache"
 KEY_BYTES = 32
 
 
@@ -34,7 +35,7 @@ class Manifest:
 
     targets: compute capabilities ("9.0"). gpu: its name where the engine fits only that kind.
     profiles: [least, most] pairs each. height, width: latent size. weights_sha256: of the adapter's
-    values in it, see `weights_sha256`.
+    values in it, see `weights_sha256`. plugins: operators that kernels of ours compute.
     """
 
     graph: str
@@ -51,12 +52,13 @@ class Manifest:
     profiles: list[list[int]]
     refittable: bool
     weights_sha256: str
+    plugins: list[str] = field(default_factory=list)
     format: int = FORMAT
 
 
 def name_of(graph: str, targets: Sequence[str]) -> str:
     """The file of a graph's engine for some targets."""
-    return f"{graph}.sm_{'_'.join(target.replace('.', '') for target in targets)}.plan"
+    return f"{graph}.sm_{'_'.join(target.replace('.', '') for target in targets)}{SUFFIX}"
 
 
 def this_gpu(required: bool = True) -> str:
@@ -111,23 +113,70 @@ def read(path: Path, flavour: str, version: str, *, trust: bool = False) -> tupl
 
     Raises BackendError that says what differs and what to do.
     """
-    told = _read_manifest(path)
-    digest, built_by = str(told.pop("plan_sha256", "")), str(told.pop("built_by", ""))
-    try:
-        manifest = Manifest(**told)
-    except TypeError as error:
-        raise BackendError(f"{_manifest_path(path)} is no manifest ({error}): {_AGAIN}") from error
-    signed = {**asdict(manifest), "plan_sha256": digest}
-    if not trust and not hmac.compare_digest(built_by, _signature(signed)):
+    claims = check_claims(path, flavour, version, trust=trust)
+    plan = path.read_bytes()
+    claims.check_plan(hashlib.sha256(plan).hexdigest())
+    return claims.manifest, plan
+
+
+def check_claims(path: Path, flavour: str, version: str, *, trust: bool = False) -> Claims:
+    """What an engine is said to be, as `read` checks it, without opening the plan.
+
+    Raises BackendError.
+    """
+    claims = _claims(path)
+    if not trust and not hmac.compare_digest(claims.built_by, claims.signature()):
         raise BackendError(
             f"{path} was not built by you: an engine is code for the GPU. If you trust where it "
             "came from, pass trust=True (--trust); else build it again"
         )
-    _check_place(path, manifest, flavour, version)
-    plan = path.read_bytes()
-    if hashlib.sha256(plan).hexdigest() != digest:
-        raise BackendError(f"{path} is not the plan its manifest describes: {_AGAIN}")
-    return manifest, plan
+    _check_place(path, claims.manifest, flavour, version)
+    return claims
+
+
+def check_intact(path: Path) -> None:
+    """That a plan is the one that its manifest describes, on whatever machine.
+
+    Says nothing of who built it. Raises BackendError.
+    """
+    _claims(path).check_plan(sha256(path))
+
+
+def plans(folder: Path) -> list[Path]:
+    """The engines of an export or bundle."""
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def belongs(path: Path) -> bool:
+    """Whether a file beside graphs came with building engines: made later, for one machine."""
+    return path.name == TIMING_CACHE or SUFFIX in path.suffixes
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What lies in a manifest's file: the manifest, the plan's hash, and who vouches for both."""
+
+    path: Path
+    manifest: Manifest
+    plan_sha256: str
+    built_by: str
+
+    def signature(self) -> str:
+        """What `built_by` is when this user built it."""
+        return _signature({**asdict(self.manifest), "plan_sha256": self.plan_sha256})
+
+    def check_plan(self, found: str) -> None:
+        if found != self.plan_sha256:
+            raise BackendError(f"{self.path} is not the plan its manifest describes: {_AGAIN}")
+
+
+def _claims(path: Path) -> Claims:
+    told = _read_manifest(path)
+    digest, built_by = str(told.pop("plan_sha256", "")), str(told.pop("built_by", ""))
+    try:
+        return Claims(path, Manifest(**told), digest, built_by)
+    except TypeError as error:
+        raise BackendError(f"{_manifest_path(path)} is no manifest ({error}): {_AGAIN}") from error
 
 
 _AGAIN = "it is damaged or was changed; build it again with `dualdiff export tensorrt`"

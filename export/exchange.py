@@ -1,12 +1,14 @@
 """The exchange between the branches as one operator of our own, with a body of standard ones.
 
 `com.dualdiff.Exchange` computes `dualdiff_engine.ops.reference.exchange`. A runtime that knows it
-(a TensorRT plugin made from the Triton kernel) takes the node as it is; every other one inlines the
-body. Off by default: the body is what the graph holds otherwise.
+takes the node as it is: TensorRT, where the plugin that the node names is registered (see
+`export.exchange_plugin`). Every other one inlines the body. Off by default: the body is what the
+graph holds otherwise.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -14,9 +16,12 @@ import torch
 from onnx import AttributeProto
 from torch import Tensor
 
+from dualdiff_engine.export import weight_files
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 
 DOMAIN, NAME, VERSION = "com.dualdiff", "Exchange", 1
+# where TensorRT's parser looks for a plugin before it takes the body
+PLUGIN = {"plugin_namespace": "dualdiff", "plugin_version": "1"}
 
 
 def as_operator(
@@ -32,7 +37,7 @@ def as_operator(
     output: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{NAME}",
         (input, gate_weight, gate_bias, value_weight, value_bias, residual),
-        {"epsilon": eps},
+        {"epsilon": eps, **PLUGIN},
         dtype=input.dtype,
         shape=input.shape,
         version=VERSION,
@@ -50,6 +55,16 @@ def with_body(model: onnx.ModelProto) -> onnx.ModelProto:
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
     return model
+
+
+def nodes_of(path: Path) -> list[onnx.NodeProto]:
+    """The operator's nodes in a graph's file, which is checked. Raises BackendError."""
+    return [node for node in weight_files.load_graph(path).graph.node if node.domain == DOMAIN]
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a graph was exported with the operator. Raises BackendError."""
+    return bool(nodes_of(path))
 
 
 def _node(kind: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
@@ -103,5 +118,5 @@ def _body(opset: int) -> onnx.FunctionProto:
     inputs = ["input", "gate_weight", "gate_bias", "value_weight", "value_bias", "residual"]
     return onnx.helper.make_function(
         DOMAIN, NAME, inputs, ["output"], nodes,
-        [onnx.helper.make_opsetid("", opset)], ["epsilon"],
+        [onnx.helper.make_opsetid("", opset)], ["epsilon", *PLUGIN],
     )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 from dualdiff_engine.errors import BackendError
@@ -13,6 +15,8 @@ FLAVOURS = {
     "tensorrt-rtx": ("tensorrt_rtx", "pip install 'dualdiff-engine[tensorrt-rtx]'"),
 }
 OLDEST = (10, 13)
+# levels of phases whose beginning is told, and how often it is told how far a long one is
+TOLD_LEVELS, TOLD_SECONDS = 2, 10.0
 
 
 def package(flavour: str) -> Any:
@@ -58,3 +62,39 @@ def logger(trt: Any) -> Any:
                 self.errors.append(text)
 
     return Collector()
+
+
+def progress(trt: Any, say: Callable[[str], None]) -> Any:
+    """Tells what the builder is at; to be kept for as long as it builds.
+
+    Each of the outer phases as it begins, and in long ones from time to time which step of how
+    many. TensorRT calls it from several threads.
+    """
+
+    class Teller(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            # (level, steps) of the phases that are running
+            self._phases: dict[str | None, tuple[int, int]] = {None: (0, 0)}
+            self._told = time.monotonic()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            level = self._phases.get(parent_phase, (TOLD_LEVELS, 0))[0] + 1
+            self._phases[phase_name] = level, num_steps
+            if level <= TOLD_LEVELS:
+                self._tell(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if time.monotonic() - self._told >= TOLD_SECONDS:
+                steps = self._phases.get(phase_name, (0, 0))[1]
+                self._tell(f"{phase_name}: {step + 1} of {steps}")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+        def _tell(self, line: str) -> None:
+            self._told = time.monotonic()
+            say(line)
+
+    return Teller()

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import engine_file, tensorrt_api
+from dualdiff_engine.export import engine_file, exchange_plugin, tensorrt_api
 from dualdiff_engine.export.artefact import Artefact, read_artefacts
 from dualdiff_engine.export.denoiser import initializers
 from dualdiff_engine.export.engine_file import Manifest
 from dualdiff_engine.export.folded import read_adapters
 
-GRAPHS = ("denoiser", "denoiser_background", "background_encoder")
+WITH_EXCHANGE = ("denoiser", "denoiser_background")
+GRAPHS = (*WITH_EXCHANGE, "background_encoder")
 # names of dynamic axes in our graphs
 BATCH, ROWS = "batch", "rows"
 GUIDED = 2
-TIMING_CACHE = "timing.cache"
 Say = Callable[[str], None]
 
 
@@ -32,12 +32,14 @@ class BuildOptions:
     as "8.9" that RTX compiles for ahead of time; empty: this machine's GPU. batches: where ranges
     of pairs end, each a profile tuned at its end. refittable: keep the adapter's weights
     replaceable; by default where there is a GPU, without which RTX cannot build such engines.
+    exchange_plugin: the exchange by our Triton kernel, see `export.exchange_plugin`.
     """
 
     flavour: str = ""
     targets: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 8, 32, 64)
     refittable: bool | None = None
+    exchange_plugin: bool = False
 
     def __post_init__(self) -> None:
         if not self.batches or list(self.batches) != sorted(set(self.batches)):
@@ -90,10 +92,12 @@ def build(
     graphs = [name for name in GRAPHS if name in artefacts]
     for name in graphs:
         _check(artefacts[name], folder, options)
+    if options.exchange_plugin:
+        _take_plugin(flavour, folder, graphs, targets)
     built = []
     for name in graphs:
         say(f"{name}: building for {', '.join(targets)}")
-        maker = _Builder(trt, flavour, folder, artefacts[name], targets, options)
+        maker = _Builder(trt, flavour, folder, artefacts[name], targets, options, say)
         built.append(maker.run())
         say(f"{name}: {built[-1].plan_bytes / 2**20:.0f} MiB in {built[-1].seconds:.0f} s")
     return built
@@ -116,6 +120,19 @@ def _check(artefact: Artefact, folder: Path, options: BuildOptions) -> None:
         )
 
 
+def _take_plugin(flavour: str, folder: Path, graphs: Sequence[str], targets: Sequence[str]) -> None:
+    """Register the exchange's kernel, having checked that the graphs ask for it."""
+    if flavour != "tensorrt":
+        raise SettingsError(
+            f"{flavour} takes no plugins: use tensorrt, or build without the plugin"
+        )
+    for name in graphs:
+        if name in WITH_EXCHANGE:
+            exchange_plugin.check_graph(folder / f"{name}.onnx")
+    (here,) = targets
+    exchange_plugin.register(here)
+
+
 class _Builder:
     """One graph, from file to file."""
 
@@ -127,14 +144,19 @@ class _Builder:
         artefact: Artefact,
         targets: Sequence[str],
         options: BuildOptions,
+        say: Say = lambda line: None,
     ) -> None:
         self.trt, self.flavour, self.folder = trt, flavour, folder
         self.artefact, self.targets, self.options = artefact, tuple(targets), options
         self.logger = tensorrt_api.logger(trt)
         self.builder = trt.Builder(self.logger)
+        graph = artefact.graph
+        self.progress = tensorrt_api.progress(trt, lambda line: say(f"{graph}: {line}"))
 
     def run(self) -> Built:
         start = time.monotonic()
+        # before the minutes of a build: an adapter's file may be unsound
+        weights = engine_file.weights_sha256(self._adapter_weights())
         network = self._parse()
         config = self._config(network)
         plan = self.builder.build_serialized_network(network, config)
@@ -146,7 +168,7 @@ class _Builder:
             for i in range(network.num_layers)
         )
         path = engine_file.write(
-            self.folder, bytes(memoryview(plan)), self._manifest(network), self.targets
+            self.folder, bytes(memoryview(plan)), self._manifest(network, weights), self.targets
         )
         seconds = time.monotonic() - start
         ranges = self._ranges(network)
@@ -170,6 +192,7 @@ class _Builder:
 
     def _config(self, network: Any) -> Any:
         trt, config = self.trt, self.builder.create_builder_config()
+        config.progress_monitor = self.progress
         if self.options.refits:
             config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
             self._mark(network)
@@ -177,7 +200,7 @@ class _Builder:
             config.num_compute_capabilities = len(self.targets)
             for index, target in enumerate(self.targets):
                 config.set_compute_capability(_capability(trt, target), index)
-        elif (cache := self.folder / TIMING_CACHE).is_file():
+        elif (cache := self.folder / engine_file.TIMING_CACHE).is_file():
             config.set_timing_cache(config.create_timing_cache(cache.read_bytes()), False)
         for low, high in self._ranges(network):
             profile = self.builder.create_optimization_profile()
@@ -210,9 +233,11 @@ class _Builder:
         """Kernels that were timed once need not be again. RTX times none at build."""
         cache = config.get_timing_cache() if self.flavour == "tensorrt" else None
         if cache is not None:
-            (self.folder / TIMING_CACHE).write_bytes(bytes(memoryview(cache.serialize())))
+            (self.folder / engine_file.TIMING_CACHE).write_bytes(
+                bytes(memoryview(cache.serialize()))
+            )
 
-    def _manifest(self, network: Any) -> Manifest:
+    def _manifest(self, network: Any, weights: str) -> Manifest:
         a = self.artefact
         return Manifest(
             graph=a.graph,
@@ -228,8 +253,13 @@ class _Builder:
             width=a.width,
             profiles=[list(pair) for pair in self._ranges(network)],
             refittable=self.options.refits,
-            weights_sha256=engine_file.weights_sha256(self._adapter_weights()),
+            weights_sha256=weights,
+            plugins=[exchange_plugin.ID] if self._has_plugin else [],
         )
+
+    @property
+    def _has_plugin(self) -> bool:
+        return self.options.exchange_plugin and self.artefact.graph in WITH_EXCHANGE
 
     def _adapter_weights(self) -> dict[str, Any]:
         """The values in the graph, as a runner gets them for its adapter."""

@@ -24,10 +24,12 @@ class TritonPythonModel:
         device = "cpu"
         if args["model_instance_kind"] == "GPU":
             device = f"cuda:{args['model_instance_device_id']}"
+        trust = config.get("parameters", {}).get("trust", {}).get("string_value") == "true"
         self.engine = Engine.from_bundle(
             Path(args["model_repository"]) / args["model_version"] / "bundle",
             device=device,
             max_batch=int(config["max_batch_size"]),
+            trust=trust,
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

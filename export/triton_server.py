@@ -15,6 +15,8 @@ from dualdiff_engine.export.onnx_export import new_folder
 # a file of the model's warmup folder: the number one, as INT32
 ONE = "one"
 MODEL = Path(__file__).with_name("triton_model.py")
+# read by the model
+TRUST = 'parameters [ { key: "trust" value: { string_value: "true" } } ]'
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Serving:
     """How to serve.
 
     max_batch: pairs that requests are joined to. delay_us: how long they may wait for one another.
-    instances: per device.
+    instances: per device. trust: run the bundle's TensorRT engines though another user built them.
     """
 
     name: str = "dualdiff"
@@ -30,6 +32,7 @@ class Serving:
     instances: int = 1
     max_batch: int = 8
     delay_us: int = 0
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.name):
@@ -95,6 +98,7 @@ def config(manifest: dict[str, Any], serving: Serving) -> str:
         ),
         f"instance_group [ {{ count: {serving.instances} kind: KIND_{serving.device.upper()} }} ]",
         f"dynamic_batching {{ max_queue_delay_microseconds: {serving.delay_us} }}",
+        *([TRUST] if serving.trust else []),
         _warmup(background),
     ]
     return "\n".join(parts) + "\n"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import probe
+from dualdiff_engine.export import engine_file, probe
 from dualdiff_engine.export.artefact import ADAPTERS, Artefact, read_artefacts
 from dualdiff_engine.export.bundle import check_files, read_manifest
 from dualdiff_engine.export.denoiser import ENCODER, WITH_BACKGROUND, initializers
@@ -24,12 +24,16 @@ from dualdiff_engine.export.validate import REPORT, cpu_session, relative
 def verify_bundle(folder: str | Path) -> dict[str, Any]:
     """Check every file's hash, then run every adapter's probe by ONNX Runtime on the CPU.
 
-    Returns {files, parity: {adapter/graph: {error, tolerance}}}; errors are relative L2 against
-    what the engine's own network made of the probe when the bundle was written.
+    Returns {files, engines, parity: {adapter/graph: {error, tolerance}}}; errors are relative L2
+    against what the engine's own network made of the probe when the bundle was written. Engines are
+    compared with their manifests, not run.
     Raises BackendError naming what is not as it was.
     """
     folder = Path(folder)
     checked = check_files(folder, read_manifest(folder), hashes=True)
+    engines = engine_file.plans(folder)
+    for path in engines:
+        engine_file.check_intact(path)
     graphs = read_artefacts(folder)
     report = json.loads((folder / REPORT).read_text("utf-8"))
     parity = {}
@@ -43,7 +47,7 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
                     f"when written, more than {row['tolerance']:.1e}: this runtime computes "
                     "something else; use the version in the report"
                 )
-    return {"files": checked, "parity": parity}
+    return {"files": checked, "engines": len(engines), "parity": parity}
 
 
 def _run_probe(

@@ -6,6 +6,7 @@ Running an engine needs a GPU: what does is held here to the names of the real A
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from tensorrt_stubs import bindings
 
 from dualdiff_engine import BackendError, Engine, SettingsError
 from dualdiff_engine.bench.case import RandomWeights, random_adapter
 from dualdiff_engine.export import engine_file, tensorrt_api, tensorrt_build, tensorrt_runner
 from dualdiff_engine.export.artefact import read_artefacts
 from dualdiff_engine.export.denoiser import initializers
-from dualdiff_engine.export.engine_file import Manifest
 from dualdiff_engine.export.tensorrt_build import BuildOptions
 from support import DATA
+
+__all__ = ["bindings"]
 
 TARGET = "8.9"
 OPTIONS = BuildOptions("tensorrt-rtx", (TARGET,), (64,))
@@ -82,12 +85,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     ids=["plain", "background"],
 )
 def test_every_attention_gets_a_kernel_of_its_own(
-    tiny: Any, background: bool, attentions: dict[str, int]
+    tiny: Any, background: bool, attentions: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT refuses an attention without one: a plan shows that all were taken."""
     pytest.importorskip("tensorrt_rtx")
     folder = tiny(background)
-    built = tensorrt_build.build(folder, OPTIONS)
+    monkeypatch.setattr(tensorrt_api, "TOLD_SECONDS", 0.0)
+    said: list[str] = []
+    built = tensorrt_build.build(folder, OPTIONS, said.append)
     graphs = read_artefacts(folder)
     engine = Engine.from_pretrained(
         folder.parent / "base", exported=folder, backend="onnxruntime", device="cpu"
@@ -100,11 +105,16 @@ def test_every_attention_gets_a_kernel_of_its_own(
         told = json.loads(Path(f"{plan}.json").read_text())
         assert told["profiles"] == [[1, 64]]
         assert told["targets"] == [TARGET]
+        assert told["plugins"] == []
         assert told["graph_sha256"] == engine_file.sha256(folder / f"{one.graph}.onnx")
         assert told["adapter"]["name"] == "tiny"
         # what an engine with that adapter brings to a runner: a plan needs no refitting for it
         brought = initializers(engine.unet._changed, graphs[one.graph])
         assert told["weights_sha256"] == engine_file.weights_sha256(brought)
+        # what the builder is at
+        about = [line.removeprefix(f"{one.graph}: ") for line in said if one.graph in line]
+        assert about[0] == f"building for {TARGET}"
+        assert len([line for line in about if re.search(r"\d+ of \d+$", line)]) > 1
 
 
 def test_the_adapters_weights_keep_their_names(tiny: Any) -> None:
@@ -164,127 +174,6 @@ def test_ranges_of_batches_are_profiles() -> None:
         tensorrt_runner.profile_of(profiles, 33)
 
 
-@pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An engine file for the GPU that this machine is made to have; its plan is no plan."""
-    monkeypatch.setattr(engine_file, "this_gpu", lambda required=True: TARGET)
-    (tmp_path / "denoiser.onnx").write_bytes(b"graph")
-    manifest = Manifest(
-        graph="denoiser",
-        flavour="tensorrt-rtx",
-        version="1.7",
-        targets=[TARGET],
-        gpu="",
-        graph_sha256=engine_file.sha256(tmp_path / "denoiser.onnx"),
-        base={"sha256": "0"},
-        adapter={"name": "hole"},
-        precision="float16",
-        height=8,
-        width=8,
-        profiles=[[1, 64]],
-        refittable=False,
-        weights_sha256=engine_file.weights_sha256({"gate": torch.ones(2)}),
-    )
-    return engine_file.write(tmp_path, b"plan", manifest, [TARGET])
-
-
-def read(path: Path, **options: Any) -> tuple[Manifest, bytes]:
-    return engine_file.read(path, "tensorrt-rtx", "1.7", **options)
-
-
-def edit(path: Path, **changes: Any) -> None:
-    manifest = Path(f"{path}.json")
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
-
-
-def test_what_was_written_is_read(plan: Path) -> None:
-    manifest, content = read(plan)
-    assert content == b"plan"
-    assert manifest.profiles == [[1, 64]]
-    assert tensorrt_runner.engine_for(plan.parent, "denoiser") == plan
-    with pytest.raises(BackendError, match="no TensorRT engine of background_encoder"):
-        tensorrt_runner.engine_for(plan.parent, "background_encoder")
-
-
-def test_an_engine_that_cannot_be_refitted_serves_its_adapter(plan: Path) -> None:
-    manifest, _ = read(plan)
-    holds, ones = manifest.weights_sha256, torch.ones(2)
-    others = [{"gate": 2 * ones}, {"value": ones}, {"gate": ones.half()}, {"gate": ones[None]}, {}]
-    wanted = [engine_file.weights_sha256(weights) for weights in others]
-    assert len({holds, *wanted}) == 6
-    assert not tensorrt_runner.must_refit(plan, manifest, holds, holds)
-    with pytest.raises(BackendError, match=r"serves the adapter 'hole' alone.*--refit"):
-        tensorrt_runner.must_refit(plan, manifest, holds, wanted[0])
-    assert tensorrt_runner.must_refit(plan, replace(manifest, refittable=True), holds, wanted[0])
-
-
-def test_engines_of_others_need_trust(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(plan.parent / "somebody"))
-    with pytest.raises(BackendError, match=r"was not built by you: .*pass trust=True \(--trust\)"):
-        read(plan)
-    assert read(plan, trust=True)[1] == b"plan"
-
-
-def test_a_changed_manifest_is_nobodys(plan: Path) -> None:
-    edit(plan, profiles=[[1, 1000]])
-    with pytest.raises(BackendError, match="was not built by you"):
-        read(plan)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": 2}, "built with format 2, here it is 1"),
-        ({"flavour": "tensorrt"}, "built with flavour tensorrt, here it is tensorrt-rtx"),
-        ({"version": "1.6"}, "built with tensorrt-rtx version 1.6, here it is 1.7"),
-        ({"graph_sha256": "ab"}, "built with hash of denoiser.onnx ab, here it is"),
-        ({"graph": "other"}, "hash of other.onnx .* here it is no such file"),
-        ({"targets": ["9.0"]}, "built for compute capability 9.0, this GPU has 8.9"),
-        ({"gpu": "another card"}, "was built on another card, this is"),
-        ({"plan_sha256": "ab"}, "is not the plan its manifest describes"),
-        ({"surprise": 1}, "is no manifest"),
-    ],
-)
-def test_engines_of_elsewhere_are_told_apart(
-    plan: Path, changes: dict[str, Any], message: str
-) -> None:
-    edit(plan, **changes)
-    with pytest.raises(BackendError, match=message):
-        read(plan, trust=True)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{", "cannot be read"),
-        (b"[]", "is no manifest"),
-        (b"{}", "is no manifest"),
-        (b" " * (1 << 20) + b"{}", "is no manifest .over 1 MiB"),
-    ],
-)
-def test_damaged_manifests(plan: Path, content: bytes, message: str) -> None:
-    Path(f"{plan}.json").write_bytes(content)
-    with pytest.raises(BackendError, match=message):
-        read(plan, trust=True)
-
-
-def test_a_truncated_plan(plan: Path) -> None:
-    plan.write_bytes(b"pla")
-    with pytest.raises(BackendError, match="is not the plan its manifest describes"):
-        read(plan)
-    plan.unlink()
-    with pytest.raises(BackendError, match="build it with `dualdiff export tensorrt`"):
-        read(plan)
-
-
-def test_the_key_is_the_users_alone(plan: Path) -> None:
-    (key,) = (plan.parent / "data").rglob("builder.key")
-    assert key.stat().st_mode & 0o777 == 0o600
-    key.write_bytes(b"short")
-    with pytest.raises(BackendError, match="is not the key it was"):
-        read(plan)
-
-
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(__import__("sys").modules, module, None)
@@ -313,10 +202,28 @@ def test_building_for_this_gpu_needs_one(exported: Any) -> None:
         )
 
 
-def test_the_runner_speaks_the_real_api() -> None:
-    """Every name that only a GPU would reach."""
-    trt = pytest.importorskip("tensorrt_rtx")
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_it_speaks_the_real_api(flavour: str, request: pytest.FixtureRequest) -> None:
+    """Every name that only a GPU, or only TensorRT itself, would reach."""
+    if flavour == "tensorrt":
+        trt = request.getfixturevalue("bindings")
+    else:
+        trt = pytest.importorskip("tensorrt_rtx")
     names = {
+        trt.Builder: [
+            "create_network", "create_builder_config", "create_optimization_profile",
+            "build_serialized_network",
+        ],
+        trt.IBuilderConfig: [
+            "set_flag", "add_optimization_profile", "progress_monitor", "create_timing_cache",
+            "set_timing_cache", "get_timing_cache",
+        ],
+        trt.ITimingCache: ["serialize"],
+        trt.IProgressMonitor: ["phase_start", "step_complete", "phase_finish"],
+        trt.OnnxParser: ["parse_from_file", "num_errors", "get_error"],
+        trt.BuilderFlag: ["REFIT_INDIVIDUAL"],
+        trt.INetworkDefinition: ["mark_weights_refittable", "num_layers", "get_layer"],
+        trt.LayerType: ["ATTENTION_INPUT"],
         trt.Runtime: ["deserialize_cuda_engine"],
         trt.ICudaEngine: [
             "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype",

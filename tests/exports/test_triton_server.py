@@ -50,6 +50,33 @@ def test_config_by_the_published_schema(golden: Golden, repository: Path) -> Non
     assert np.frombuffer(steps.read_bytes(), np.int32).tolist() == [1]
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_engines_of_others_are_run_when_the_repository_says_so(
+    bundle: Any, model: ModuleType, monkeypatch: pytest.MonkeyPatch, trust: bool
+) -> None:
+    """Written into the config, handed to the model by the server, and by it to the engine."""
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import json_format, text_format
+
+    manifest = json.loads((bundle("dual") / "bundle.json").read_text())
+    written = config(manifest, Serving(device="cpu", trust=trust))
+    told = json_format.MessageToJson(
+        text_format.Parse(written, schema.ModelConfig()), preserving_proto_field_name=True
+    )
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(model.Engine, "from_bundle", lambda path, **options: asked.update(options))
+    model.TritonPythonModel().initialize(
+        {
+            "model_config": told,
+            "model_instance_kind": "CPU",
+            "model_instance_device_id": "0",
+            "model_repository": "models/dualdiff",
+            "model_version": "1",
+        }
+    )
+    assert asked == {"device": "cpu", "max_batch": 8, "trust": trust}
+
+
 class Tensor:
     """What the server hands to a Python model, and takes from it."""
 

@@ -68,15 +68,18 @@ def _exchange_kernel(
     value_weight_ptr,
     value_bias_ptr,
     residual_ptr,
-    out_ptr,
     positions,
+    out_ptr,
     eps,
     CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_M positions of input, residual and out [2, positions, CHANNELS]; grid (blocks,)."""
+    """BLOCK_M positions of input, residual and out [2, positions, CHANNELS]; grid (blocks,).
+
+    Inputs, integers, output: the order in which TensorRT passes them to a plugin's kernel.
+    """
     offsets_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = (offsets_m < positions)[:, None]
     rows = offsets_m.to(tl.int64)[:, None] * CHANNELS
@@ -206,7 +209,7 @@ def exchange(
     grid = (triton.cdiv(positions, config.blocks["BLOCK_M"]),)
     _exchange_kernel[grid](
         input.contiguous(), gate_weight.contiguous(), gate_bias, value_weight.contiguous(),
-        value_bias, residual.contiguous(), out, positions, eps,
+        value_bias, residual.contiguous(), positions, out, eps,
         CHANNELS=channels, **config.arguments,
     )  # fmt: skip
     return out
@@ -220,23 +223,42 @@ def _(input: Tensor, *_: object) -> Tensor:
 flops.register("exchange", "exchange")
 
 
+def compilation(
+    channels: int,
+    dtype: torch.dtype,
+    config: Config,
+    *,
+    eps: float | None = None,
+    gate_bias: torch.dtype | None = None,
+) -> Compilation:
+    """What the compiler must know for an input [2, M, channels].
+
+    eps: compiled in, where a launch cannot pass it. gate_bias: its dtype, by default the input's.
+    """
+    constants: dict[str, float] = {"CHANNELS": channels, **config.blocks}
+    if eps is not None:
+        constants["eps"] = eps
+    pointer = f"*{TRITON_TYPES[dtype]}"
+    others = {
+        "gate_bias_ptr": f"*{TRITON_TYPES[gate_bias or dtype]}",
+        "positions": "i32",
+        "eps": "fp32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    return Compilation(
+        name=f"exchange {TRITON_TYPES[dtype]} C={channels}",
+        kernel=_exchange_kernel,
+        signature={name: others.get(name, pointer) for name in _exchange_kernel.arg_names},
+        constants=constants,
+        config=config,
+        tensor_cores=dtype != torch.float32,
+    )
+
+
 def compilations() -> list[Compilation]:
     """Every default at SD-1.5 shapes."""
-    pointers = [n for n in _exchange_kernel.arg_names if n.endswith("_ptr")]
-    listed = []
-    for dtype, kind in TRITON_TYPES.items():
-        config = default_config(dtype)
-        for channels in (320, 640, 1280):
-            constants = {"CHANNELS": channels, **config.blocks}
-            signature = dict.fromkeys(pointers, f"*{kind}") | {"positions": "i32", "eps": "fp32"}
-            listed.append(
-                Compilation(
-                    name=f"exchange {kind} C={channels}",
-                    kernel=_exchange_kernel,
-                    signature=signature | dict.fromkeys(constants, "constexpr"),
-                    constants=constants,
-                    config=config,
-                    tensor_cores=dtype != torch.float32,
-                )
-            )
-    return listed
+    return [
+        compilation(channels, dtype, default_config(dtype))
+        for dtype in TRITON_TYPES
+        for channels in (320, 640, 1280)
+    ]

@@ -1,0 +1,205 @@
+"""Engine files: what is checked before one is loaded, whoever built it, wherever it lies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dualdiff_engine import BackendError
+from dualdiff_engine.export import backends, engine_file, tensorrt_api, tensorrt_runner
+from dualdiff_engine.export.bundle import read_manifest, write_manifest
+from dualdiff_engine.export.engine_file import Manifest
+from dualdiff_engine.export.verify import verify_bundle
+
+TARGET = "8.9"
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+def write_plan(folder: Path, content: bytes = b"plan") -> Path:
+    """An engine file of a folder's denoiser; its plan is no plan."""
+    manifest = Manifest(
+        graph="denoiser",
+        flavour="tensorrt-rtx",
+        version="1.7",
+        targets=[TARGET],
+        gpu="",
+        graph_sha256=engine_file.sha256(folder / "denoiser.onnx"),
+        base={"sha256": "0"},
+        adapter={"name": "hole"},
+        precision="float16",
+        height=8,
+        width=8,
+        profiles=[[1, 64]],
+        refittable=False,
+        weights_sha256=engine_file.weights_sha256({"gate": torch.ones(2)}),
+    )
+    return engine_file.write(folder, content, manifest, [TARGET])
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For the GPU that this machine is made to have."""
+    monkeypatch.setattr(engine_file, "this_gpu", lambda required=True: TARGET)
+    (tmp_path / "denoiser.onnx").write_bytes(b"graph")
+    return write_plan(tmp_path)
+
+
+def read(path: Path, **options: Any) -> tuple[Manifest, bytes]:
+    return engine_file.read(path, "tensorrt-rtx", "1.7", **options)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    manifest = Path(f"{path}.json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+
+
+def test_what_was_written_is_read(plan: Path) -> None:
+    manifest, content = read(plan)
+    assert content == b"plan"
+    assert manifest.profiles == [[1, 64]]
+    assert tensorrt_runner.engine_for(plan.parent, "denoiser") == plan
+    with pytest.raises(BackendError, match="no TensorRT engine of background_encoder"):
+        tensorrt_runner.engine_for(plan.parent, "background_encoder")
+
+
+def test_an_engine_that_cannot_be_refitted_serves_its_adapter(plan: Path) -> None:
+    manifest, _ = read(plan)
+    holds, ones = manifest.weights_sha256, torch.ones(2)
+    others = [{"gate": 2 * ones}, {"value": ones}, {"gate": ones.half()}, {"gate": ones[None]}, {}]
+    wanted = [engine_file.weights_sha256(weights) for weights in others]
+    assert len({holds, *wanted}) == 6
+    assert not tensorrt_runner.must_refit(plan, manifest, holds, holds)
+    with pytest.raises(BackendError, match=r"serves the adapter 'hole' alone.*--refit"):
+        tensorrt_runner.must_refit(plan, manifest, holds, wanted[0])
+    assert tensorrt_runner.must_refit(plan, replace(manifest, refittable=True), holds, wanted[0])
+
+
+def test_engines_of_others_need_trust(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(plan.parent / "somebody"))
+    with pytest.raises(BackendError, match=r"was not built by you: .*pass trust=True \(--trust\)"):
+        read(plan)
+    assert read(plan, trust=True)[1] == b"plan"
+
+
+def test_a_changed_manifest_is_nobodys(plan: Path) -> None:
+    edit(plan, profiles=[[1, 1000]])
+    with pytest.raises(BackendError, match="was not built by you"):
+        read(plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "built with format 2, here it is 1"),
+        ({"flavour": "tensorrt"}, "built with flavour tensorrt, here it is tensorrt-rtx"),
+        ({"version": "1.6"}, "built with tensorrt-rtx version 1.6, here it is 1.7"),
+        ({"graph_sha256": "ab"}, "built with hash of denoiser.onnx ab, here it is"),
+        ({"graph": "other"}, "hash of other.onnx .* here it is no such file"),
+        ({"targets": ["9.0"]}, "built for compute capability 9.0, this GPU has 8.9"),
+        ({"gpu": "another card"}, "was built on another card, this is"),
+        ({"plan_sha256": "ab"}, "is not the plan its manifest describes"),
+        ({"surprise": 1}, "is no manifest"),
+    ],
+)
+def test_engines_of_elsewhere_are_told_apart(
+    plan: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit(plan, **changes)
+    with pytest.raises(BackendError, match=message):
+        read(plan, trust=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "cannot be read"),
+        (b"[]", "is no manifest"),
+        (b"{}", "is no manifest"),
+        (b" " * (1 << 20) + b"{}", "is no manifest .over 1 MiB"),
+    ],
+)
+def test_damaged_manifests(plan: Path, content: bytes, message: str) -> None:
+    Path(f"{plan}.json").write_bytes(content)
+    with pytest.raises(BackendError, match=message):
+        read(plan, trust=True)
+
+
+def test_a_truncated_plan(plan: Path) -> None:
+    plan.write_bytes(b"pla")
+    with pytest.raises(BackendError, match="is not the plan its manifest describes"):
+        read(plan)
+    plan.unlink()
+    with pytest.raises(BackendError, match="build it with `dualdiff export tensorrt`"):
+        read(plan)
+
+
+def test_the_key_is_the_users_alone(plan: Path) -> None:
+    (key,) = (plan.parent / "data").rglob("builder.key")
+    assert key.stat().st_mode & 0o777 == 0o600
+    key.write_bytes(b"short")
+    with pytest.raises(BackendError, match="is not the key it was"):
+        read(plan)
+
+
+@pytest.fixture
+def rtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the TensorRT-RTX that built the plan were installed."""
+    installed = SimpleNamespace(__version__="1.7")
+    monkeypatch.setattr(tensorrt_api, "installed", lambda: "tensorrt-rtx")
+    monkeypatch.setattr(tensorrt_api, "package", lambda flavour: installed)
+
+
+def fastest(plan: Path, trust: bool = False) -> tuple[str, str]:
+    artefacts: dict[str, Any] = {"denoiser": None}
+    return backends.fastest(plan.parent, artefacts, CUDA, trust)
+
+
+def test_a_bundle_takes_engines_that_may_run_here(plan: Path, rtx: None) -> None:
+    assert fastest(plan)[0] == "tensorrt"
+    edit(plan, version="1.6")
+    backend, why = fastest(plan, trust=True)
+    assert backend == "onnxruntime"
+    assert "not TensorRT: " in why
+    assert "built with tensorrt-rtx version 1.6, here it is 1.7" in why
+    plan.unlink()
+    assert "holds no TensorRT engine of denoiser" in fastest(plan)[1]
+    assert backends.fastest(plan.parent, {}, torch.device("cpu"), False) == ("onnxruntime", "")
+
+
+def test_a_bundle_takes_engines_of_others_when_told_to(
+    plan: Path, rtx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(plan.parent / "somebody"))
+    backend, why = fastest(plan)
+    assert backend == "onnxruntime"
+    assert "was not built by you" in why
+    assert fastest(plan, trust=True)[0] == "tensorrt"
+
+
+def test_engines_beside_a_bundle(bundle: Any, copy_of: Any) -> None:
+    """They come after it and may be built again; what verifies it verifies them."""
+    folder = copy_of(bundle("dual"))
+    path = write_plan(folder)
+    (folder / engine_file.TIMING_CACHE).write_bytes(b"times")
+    assert verify_bundle(folder)["engines"] == 1
+    files = read_manifest(folder)["files"]
+    assert write_manifest(folder)["files"] == files
+    write_plan(folder, b"another plan")
+    assert verify_bundle(folder)["engines"] == 1
+    path.write_bytes(b"another plan, damaged")
+    with pytest.raises(BackendError, match=r"sm_89\.plan is not the plan its manifest describes"):
+        verify_bundle(folder)
+    Path(f"{path}.json").unlink()
+    with pytest.raises(BackendError, match=r"no .*sm_89\.plan\.json"):
+        verify_bundle(folder)
