@@ -121,11 +121,15 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _write_half(engine: Engine, folder: Path, parts: Parts) -> None:
-    """The denoiser in float16: what TensorRT has fused attention for. It is built, not run."""
+    """The denoiser in float16: what TensorRT has fused attention for. It is built, not run.
+
+    The text encoder too, as the adapter is read for both.
+    """
     from dualdiff_engine.export.onnx_export import Exporter, Options
 
     folder.mkdir()
-    Exporter(engine, folder, Options(precision="float16"), parts).write({"denoiser"})
+    exporter = Exporter(engine, folder, Options(precision="float16"), parts)
+    exporter.write({"denoiser", "text_encoder"})
     parts.end()
 
 
@@ -140,7 +144,8 @@ def _build(folder: Path, target: str, parts: Parts) -> dict[str, Any]:
         (built,) = build(folder, options)
         result = asdict(built)
     except DualDiffError as error:
-        result = {"error": str(error)}
+        # what this machine calls its folders is in no record
+        result = {"error": str(error).replace(str(folder), folder.name)}
     parts.end()
     totals, files = parts.totals(), _files(folder)
     return {
