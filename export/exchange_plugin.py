@@ -71,6 +71,21 @@ def check_graph(path: Path) -> None:
             )
 
 
+def taken(trt: Any, network: Any, asked: int) -> list[str]:
+    """What a network's plugins are, once parsed: this one or none.
+
+    asked: how many exchanges it must have taken. Raises BackendError where it took fewer.
+    """
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    found = kinds.count(trt.LayerType.PLUGIN_V3)
+    if found < asked:
+        raise BackendError(
+            f"tensorrt {trt.__version__} took the plugin for {found} of {asked} exchanges: build "
+            "without it, and please report this"
+        )
+    return [ID] if found else []
+
+
 @cache
 def compiled(channels: int, dtype: torch.dtype, gate_bias: torch.dtype, capability: str) -> Kernel:
     """The kernel's PTX for input [2, M, channels]; M is passed at every launch.

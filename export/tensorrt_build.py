@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import engine_file, exchange_plugin, tensorrt_api
+from dualdiff_engine.export import engine_file, exchange, exchange_plugin, tensorrt_api
 from dualdiff_engine.export.artefact import Artefact, read_artefacts
 from dualdiff_engine.export.denoiser import initializers
 from dualdiff_engine.export.engine_file import Manifest
@@ -158,6 +158,7 @@ class _Builder:
         # before the minutes of a build: an adapter's file may be unsound
         weights = engine_file.weights_sha256(self._adapter_weights())
         network = self._parse()
+        plugins = exchange_plugin.taken(self.trt, network, self._exchanges())
         config = self._config(network)
         plan = self.builder.build_serialized_network(network, config)
         if plan is None:
@@ -168,7 +169,10 @@ class _Builder:
             for i in range(network.num_layers)
         )
         path = engine_file.write(
-            self.folder, bytes(memoryview(plan)), self._manifest(network, weights), self.targets
+            self.folder,
+            bytes(memoryview(plan)),
+            self._manifest(network, weights, plugins),
+            self.targets,
         )
         seconds = time.monotonic() - start
         ranges = self._ranges(network)
@@ -237,7 +241,13 @@ class _Builder:
                 bytes(memoryview(cache.serialize()))
             )
 
-    def _manifest(self, network: Any, weights: str) -> Manifest:
+    def _exchanges(self) -> int:
+        """How many a plugin is to take."""
+        if not self.options.exchange_plugin:
+            return 0
+        return len(exchange.nodes_of(self.folder / f"{self.artefact.graph}.onnx"))
+
+    def _manifest(self, network: Any, weights: str, plugins: list[str]) -> Manifest:
         a = self.artefact
         return Manifest(
             graph=a.graph,
@@ -254,12 +264,8 @@ class _Builder:
             profiles=[list(pair) for pair in self._ranges(network)],
             refittable=self.options.refits,
             weights_sha256=weights,
-            plugins=[exchange_plugin.ID] if self._has_plugin else [],
+            plugins=plugins,
         )
-
-    @property
-    def _has_plugin(self) -> bool:
-        return self.options.exchange_plugin and self.artefact.graph in WITH_EXCHANGE
 
     def _adapter_weights(self) -> dict[str, Any]:
         """The values in the graph, as a runner gets them for its adapter."""

@@ -250,6 +250,25 @@ def test_without_a_plugin_the_body_is_built(folder: Path) -> None:
     assert built.attentions == 2
 
 
+@pytest.mark.parametrize(("kinds", "asked"), [("PPa", 2), ("aaa", 0), ("Paa", 0)])
+def test_what_was_taken_is_told(kinds: str, asked: int) -> None:
+    """Also where an earlier build in the process registered it, and this one did not ask."""
+    expected = [exchange_plugin.ID] if "P" in kinds else []
+    assert exchange_plugin.taken(*parsed(kinds), asked) == expected
+
+
+def test_a_body_in_place_of_the_plugin_is_refused() -> None:
+    with pytest.raises(BackendError, match="took the plugin for 1 of 2 exchanges"):
+        exchange_plugin.taken(*parsed("Pab"), 2)
+
+
+def parsed(kinds: str) -> tuple[Any, Any]:
+    """(TensorRT, a network of these layers), P for a plugin's."""
+    trt = SimpleNamespace(__version__="11.4.0", LayerType=SimpleNamespace(PLUGIN_V3="P"))
+    layers = [SimpleNamespace(type=kind) for kind in kinds]
+    return trt, SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+
+
 def _change(name: str, value: Any) -> Callable[[onnx.NodeProto], None]:
     def change(node: onnx.NodeProto) -> None:
         kept = [attribute for attribute in node.attribute if attribute.name != name]

@@ -223,7 +223,7 @@ def test_it_speaks_the_real_api(flavour: str, request: pytest.FixtureRequest) ->
         trt.OnnxParser: ["parse_from_file", "num_errors", "get_error"],
         trt.BuilderFlag: ["REFIT_INDIVIDUAL"],
         trt.INetworkDefinition: ["mark_weights_refittable", "num_layers", "get_layer"],
-        trt.LayerType: ["ATTENTION_INPUT"],
+        trt.LayerType: ["ATTENTION_INPUT", "PLUGIN_V3"],
         trt.Runtime: ["deserialize_cuda_engine"],
         trt.ICudaEngine: [
             "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype",
