@@ -10,12 +10,13 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
-from small import LEAST, NAME, WIDE, small_engine
+from safetensors.torch import load_file, save_file
+from small import LEAST, NAME, WIDE, small_adapter, small_engine
 
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError
+from dualdiff_engine.export import bundle
 from support import relative
 
 
@@ -107,6 +108,24 @@ def test_exchange_as_an_operator_with_a_body(exported_small: Any) -> None:
         own["adapters"][NAME]["cases"], plain["adapters"][NAME]["cases"], strict=True
     ):
         assert ours["error"] == pytest.approx(theirs["error"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_adapters_that_join_keep_the_operator(
+    exported_small: Any, copy_of: Any, base: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """Graphs that are traced for them are as those that are there."""
+    engine, asked = small_engine(base, LEAST), []
+
+    def noted(folder: Path, exporter: Any) -> dict[str, Any]:
+        asked.append(exporter.options.exchange_operator)
+        return {}
+
+    monkeypatch.setattr(bundle, "_or_nothing", noted)
+    save_file(small_adapter(engine, 2), base.with_name("other.safetensors"))
+    folder = copy_of(exported_small(LEAST, exchange_operator=kept))
+    bundle.add_adapter(base, base.with_name("other.safetensors"), folder)
+    assert asked == [kept]
 
 
 def test_command_line(
