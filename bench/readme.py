@@ -1,4 +1,4 @@
-"""The README's tables, generated from the records in bench/results/.
+"""Tables of the READMEs, generated from the records in bench/results/.
 
 `python -m dualdiff_engine.bench.readme` writes them; a test compares.
 """
@@ -14,6 +14,7 @@ from dualdiff_engine.bench import report
 from dualdiff_engine.evaluation import report as evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "export/README.md")
 _SLOT = re.compile(r"(<!-- record (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,18 +38,21 @@ def section(path: Path) -> str:
         return f"{evaluation.downstream(tasks)}\n\n{evaluation.headline(tasks)}"
     if "defects" in record:
         return evaluation.quality(record)
+    if "graphs" in record:
+        return f"{report.export_table(record)}\n\n{report.export_headline(record)}"
     return f"{report.markdown_table(record)}\n\n{report.headline(record)}."
 
 
-def generate(root: Path = ROOT) -> str:
-    """The README with every slot filled from its record."""
+def generate(document: str, root: Path = ROOT) -> str:
+    """A README with every slot filled from its record."""
 
     def fill(match: re.Match[str]) -> str:
         text = section(root / "bench" / "results" / match["file"])
         return f"{match[1]}{text}\n{match[3]}"
 
-    return _SLOT.sub(fill, (root / "README.md").read_text("utf-8"))
+    return _SLOT.sub(fill, (root / document).read_text("utf-8"))
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(generate(), "utf-8")
+    for name in DOCUMENTS:
+        (ROOT / name).write_text(generate(name), "utf-8")

@@ -92,6 +92,65 @@ def markdown_table(record: Record) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _table(rows: list[list[str]], texts: int = 1) -> str:
+    """Markdown; rows[0]: headings, of which the first `texts` are not of numbers."""
+    lines = [rows[0], ["---"] * texts + ["---:"] * (len(rows[0]) - texts), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def export_table(record: Record) -> str:
+    """What `bench.export_full_size` found, a line for every graph."""
+    seconds = {row["part"]: row["seconds"] for row in record["parts"]}
+    peaks = {row["part"]: row["peak_bytes"] / 2**30 for row in record["parts"]}
+    head = ["graph", "nodes", "attentions", "traced, s", "validated, s", "peak GiB", "error",
+            "allowed", "`onnx.checker`"]  # fmt: skip
+    rows = [head]
+    for name, graph in record["graphs"].items():
+        parts = [f"{verb} {name}" for verb in ("tracing", "checking", "validating")]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{graph['nodes']}",
+                f"{graph['attentions']}",
+                *(f"{seconds[part]:.0f}" for part in (parts[0], parts[-1])),
+                f"{max(peaks[part] for part in parts):.1f}",
+                f"{max(case['error'] for case in graph['cases']):.1e}",
+                f"{graph['tolerance']:.1e}",
+                record["checker"][name],
+            ]
+        )
+    return _table(rows)
+
+
+def export_headline(record: Record) -> str:
+    """Of all graphs together; what it ran on; what TensorRT-RTX made of it."""
+    versions, rtx = record["versions"], record.get("tensorrt_rtx")
+    size = sum(record["files"].values()) / 1e9
+    said = (
+        f"Float32, {record['pixels']}², opset {record['options']['opset']}: in all "
+        f"{record['seconds']:.0f} s ({record['cpu_seconds']:.0f} s of CPU time), at most "
+        f"{record['peak_bytes'] / 2**30:.1f} GiB resident, files of {size:.1f} GB. "
+        f"{record['device_name']}, {record['cores']} core(s), torch {versions['torch']}, "
+        f"{record['runtime']}, onnx {versions['onnx']}, commit {record['commit']}."
+    )
+    return said if rtx is None else f"{said}\n\n{_rtx_line(rtx, versions)}"
+
+
+def _rtx_line(rtx: Record, versions: Record) -> str:
+    about = (
+        f"TensorRT-RTX {versions['tensorrt-rtx-cu13']}, the denoiser alone in {rtx['precision']}"
+    )
+    if "error" in rtx:
+        return f"{about}: {rtx['error']}"
+    ranges = ", ".join(f"{low}–{high}" if low < high else f"{low}" for low, high in rtx["profiles"])
+    (seconds,) = (row["seconds"] for row in rtx["parts"] if row["part"] == "building")
+    return (
+        f"{about}, for compute capability {rtx['target']}, profiles of {ranges} pairs: all "
+        f"{rtx['attentions']} attentions fused, a plan of {rtx['plan_bytes'] / 1e9:.2f} GB built "
+        f"in {seconds:.0f} s, at most {rtx['peak_bytes'] / 2**30:.1f} GiB resident."
+    )
+
+
 def write_json(record: Record, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")

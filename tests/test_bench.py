@@ -162,9 +162,20 @@ def test_every_peer_has_its_name_in_the_help() -> None:
     assert sorted(cli.PEER_NAMES) == sorted(peers.PEERS)
 
 
-def test_committed_records_are_what_the_readme_shows() -> None:
+@pytest.mark.parametrize("document", readme.DOCUMENTS)
+def test_committed_records_are_what_the_readmes_show(document: str) -> None:
     root = Path(__file__).parent.parent
-    assert readme.generate(root) == (root / "README.md").read_text("utf-8")
+    assert readme.generate(document, root) == (root / document).read_text("utf-8")
+
+
+def test_an_export_that_does_not_build_says_why() -> None:
+    path = Path(__file__).parent.parent / "bench" / "results" / "cpu-sd15-export.json"
+    record = json.loads(path.read_text("utf-8"))
+    assert "all 32 attentions fused" in report.export_headline(record)
+    record["tensorrt_rtx"] = {"precision": "float16", "error": "no kernel"}
+    assert report.export_headline(record).endswith("the denoiser alone in float16: no kernel")
+    del record["tensorrt_rtx"]
+    assert "TensorRT" not in report.export_headline(record)
 
 
 def test_a_peer_that_dies_is_named() -> None:

@@ -143,7 +143,8 @@ def test_the_tables_name_every_graph_and_option() -> None:
     for graph in LAYOUTS:
         assert f"`{graph}.onnx`" in text
     shown = set(re.findall(r"--[a-z][a-z-]+", text))
-    known = {"--model-repository"}
+    # the server's, and the benchmark's
+    known = {"--model-repository", "--tensorrt-rtx"}
     source = (README.parent / "commands.py").read_text("utf-8")
     source += (README.parent.parent / "dualdiff_engine" / "cli.py").read_text("utf-8")
     for option in shown - known:
