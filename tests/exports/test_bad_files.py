@@ -86,10 +86,10 @@ def test_places_beyond_a_file(folder: Path, place: dict[str, object], said: str)
 
 
 @pytest.mark.parametrize("name", ["network.safetensors", "adapters/adapter.safetensors"])
-@pytest.mark.parametrize("kept", [0, 7, 4096, -1])
-def test_truncated_weights(folder: Path, name: str, kept: int) -> None:
+@pytest.mark.parametrize("end", [0, 7, 4096, -1])
+def test_truncated_weights(folder: Path, name: str, end: int) -> None:
     content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[:kept])
+    (folder / name).write_bytes(content[:end])
     refused(folder, "ends before the weights|damaged or cut short")
 
 

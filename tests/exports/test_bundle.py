@@ -170,7 +170,7 @@ def test_no_bundle(tmp_path: Path) -> None:
 def test_command_line(bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = bundle("dual")
     assert main(["verify", str(folder)]) == 0
-    assert "files as written" in capsys.readouterr().out
+    assert "files and 0 engines as written" in capsys.readouterr().out
     out = tmp_path / "out"
     options = ["--steps", "1", "--quiet", "--out", str(out)]
     assert main(["generate", "--base", str(folder), "--adapter", "adapter", *options]) == 0

@@ -110,9 +110,9 @@ def test_exchange_as_an_operator_with_a_body(exported_small: Any) -> None:
         assert ours["error"] == pytest.approx(theirs["error"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("operator", [False, True])
 def test_adapters_that_join_keep_the_operator(
-    exported_small: Any, copy_of: Any, base: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+    exported_small: Any, copy_of: Any, base: Path, monkeypatch: pytest.MonkeyPatch, operator: bool
 ) -> None:
     """Graphs that are traced for them are as those that are there."""
     engine, asked = small_engine(base, LEAST), []
@@ -123,9 +123,9 @@ def test_adapters_that_join_keep_the_operator(
 
     monkeypatch.setattr(bundle, "_or_nothing", noted)
     save_file(small_adapter(engine, 2), base.with_name("other.safetensors"))
-    folder = copy_of(exported_small(LEAST, exchange_operator=kept))
+    folder = copy_of(exported_small(LEAST, exchange_operator=operator))
     bundle.add_adapter(base, base.with_name("other.safetensors"), folder)
-    assert asked == [kept]
+    assert asked == [operator]
 
 
 def test_command_line(
