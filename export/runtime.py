@@ -19,7 +19,6 @@ _ELEMENT = {
     torch.float16: 10,
     torch.bfloat16: 16,
 }
-HALF = (torch.float16, torch.bfloat16)
 
 
 def onnxruntime() -> Any:
@@ -67,10 +66,6 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # the session reads these where they are, as long as it lives
         self._changed = _override(runtime, options, changed or {})
-        if any(tensor.dtype in HALF for tensor in (changed or {}).values()):
-            # one level up, what was in the file is widened before it is replaced, and then used
-            level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            options.graph_optimization_level = level
         try:
             self.session = runtime.InferenceSession(
                 str(path), options, providers=[(provider, settings)]
@@ -110,13 +105,16 @@ class Session:
 
 def _override(runtime: Any, options: Any, changed: Mapping[str, Tensor]) -> list[Any]:
     """Give a session other values for initializers; returns what holds their memory."""
-    held: list[Any] = []
-    for name, tensor in changed.items():
-        array = _numpy(tensor)
-        value = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ELEMENT[tensor.dtype])
-        held += [array, value]
-        options.add_initializer(name, value)
-    return held
+    arrays = {name: _numpy(tensor) for name, tensor in changed.items()}
+    values = [
+        runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ELEMENT[changed[name].dtype])
+        for name, array in arrays.items()
+    ]
+    if values:
+        # before the graph is optimised: `add_initializer` is heard after it, when constants were
+        # folded and half precision was widened, with the values of the file
+        options.add_external_initializers(list(arrays), values)
+    return [arrays, values]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -105,30 +105,34 @@ def test_two_adapters_by_weights_alone(exported: Any, tmp_path: Path) -> None:
     assert torch.equal(engine.predict_noise(*inputs), before)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_switch_is_a_fresh_export(exported_small: Any, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    "traced",
+    [{}, {"precision": "float16"}, {"exchange_operator": True}],
+    ids=["float32", "float16", "operator"],
+)
+def test_a_switch_is_a_fresh_export(
+    exported_small: Any, tmp_path: Path, traced: dict[str, Any]
+) -> None:
     """The second adapter by its weights, and graphs that were traced with it: bit for bit.
 
-    ONNX Runtime's last level of optimisation widens the weights of the file for a CPU and forgets
-    those that were put in their place.
+    Where a runtime computes with weights before it runs, widening them from float16 or turning
+    those in a function's body, it must do so with the second adapter's.
     """
     base, file = tmp_path / "base", tmp_path / "other.safetensors"
     engine = small_engine(base, LEAST)
     save_file(small_adapter(engine, 2), file)
     engine.load_adapter(file)
     # both adapters are validated
-    export_onnx(engine, tmp_path / "fresh", Options(precision=precision, batches=(1,)))
+    export_onnx(engine, tmp_path / "fresh", Options(batches=(1,), **traced))
     options: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
     fresh = Engine.from_pretrained(base, exported=tmp_path / "fresh", **options)
     assert fresh.active_adapter == "other"
-    folder = exported_small(LEAST, precision=precision)
-    switched = Engine.from_pretrained(base, exported=folder, **options)
+    switched = Engine.from_pretrained(base, exported=exported_small(LEAST, **traced), **options)
     inputs = torch.randn(2, 1, 2, 4, 16, 16), 321.0, torch.randn(2, 2, 77, 32)
     before = switched.predict_noise(*inputs)
     switched.load_adapter(file)
     after = switched.predict_noise(*inputs)
-    rounding = 0.0 if precision == "float32" else torch.finfo(torch.float16).eps
-    assert relative(after, fresh.predict_noise(*inputs)) <= rounding
+    assert torch.equal(after, fresh.predict_noise(*inputs))
     assert relative(after, before) > 0.1
 
 
