@@ -14,7 +14,7 @@ from dualdiff_engine.bench import report
 from dualdiff_engine.evaluation import report as evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "export/README.md")
+DOCUMENTS = ("README.md", "export/README.md", "dualdiff_engine/demo/README.md")
 _SLOT = re.compile(r"(<!-- record (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

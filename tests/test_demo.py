@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ def test_adapters_are_as_their_records_say(preset: Preset) -> None:
     assert sum(p.background for p in PRESETS.values()) >= 2
 
 
-@pytest.mark.parametrize("name", ["fabric/hole", "tile/crack"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_folded_and_unfolded_networks_agree(engine: Engine, name: str) -> None:
     """End to end: what was trained, and what the engine made of its file."""
     from safetensors.torch import load_file
@@ -157,16 +156,14 @@ def test_recipes_of_the_base_make_a_folder_that_loads(
         monkeypatch.setattr(train_base, name, 3)
     monkeypatch.setattr(autoencoder, "STEPS", 2)
     monkeypatch.setattr(autoencoder, "CROP_STEPS", 1)
-    monkeypatch.setattr(autoencoder, "REFINING_STEPS", 2)
-    phases = [replace(phase, steps=2, cycle=2) for phase in denoiser.PHASES]
-    monkeypatch.setattr(denoiser, "PHASES", phases)
+    monkeypatch.setattr(denoiser, "STEPS", 2)
     threads = torch.get_num_threads()
     try:
         train_base.main([str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
     record = json.loads((tmp_path / "training.json").read_text())
-    assert set(record) == {"autoencoder", "denoiser", "decoder"}
+    assert set(record) == {"autoencoder", "denoiser"}
     with Engine.from_pretrained(tmp_path) as engine:
-        engine.load_adapter(find("tile/chip").adapter)
+        engine.load_adapter(find("fabric/hole").adapter)
         assert len(engine.generate(seeds=[1], steps=1)) == 1

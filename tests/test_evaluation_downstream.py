@@ -274,9 +274,9 @@ def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_: DrawingEngine())
     monkeypatch.setattr(demo, "SHARED", 4)
     monkeypatch.setattr(demo, "_shipped", lambda preset: "c" * 8)
-    demo.draw(find("tile/crack"), tmp_path, 6)
-    demo.draw(find("tile/crack"), tmp_path, 6)
-    demo.draw(find("tile/crack"), tmp_path, 9)
+    demo.draw(find("tile/chip"), tmp_path, 6)
+    demo.draw(find("tile/chip"), tmp_path, 6)
+    demo.draw(find("tile/chip"), tmp_path, 9)
     seeds = [0, 1, 2, 3], [4, 5], [6, 7], [8]
     assert DrawingEngine.asked == [(some, True) for some in seeds]
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").open()]
@@ -288,7 +288,7 @@ def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # trained anew, it does not go with what the old one drew
     monkeypatch.setattr(demo, "_shipped", lambda preset: "d" * 8)
     with pytest.raises(DataError, match="holds pairs of another adapter: remove it"):
-        demo.draw(find("tile/crack"), tmp_path, 9)
+        demo.draw(find("tile/chip"), tmp_path, 9)
 
 
 @pytest.mark.parametrize(

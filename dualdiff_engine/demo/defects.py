@@ -154,7 +154,7 @@ def crack(rng: Generator, scene: Scene) -> tuple[Floats, Floats]:
 
 
 def chip(rng: Generator, scene: Scene) -> tuple[Floats, Floats]:
-    """Broken off at an edge: shell-shaped ripples in the clay body, a bright rim of glaze."""
+    """Broken off at an edge, to clay or copper: shell-shaped ripples, a bright rim of the coat."""
     band = scene.across[::OVERSAMPLING, ::OVERSAMPLING]
     rows, columns = np.nonzero((band > 3) & (band < 7))
     chosen = rng.integers(len(rows))
@@ -169,7 +169,7 @@ def chip(rng: Generator, scene: Scene) -> tuple[Floats, Floats]:
 
 # which defects a part may have
 DEFECTS: dict[str, dict[str, Defect]] = {
-    "washer": {"scratch": scratch, "stain": stain},
+    "washer": {"scratch": scratch, "stain": stain, "chip": chip},
     "fabric": {"hole": hole, "stain": stain},
-    "tile": {"crack": crack, "chip": chip},
+    "tile": {"crack": crack, "chip": chip, "stain": stain},
 }

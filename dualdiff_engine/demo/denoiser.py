@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,9 @@ from torch import Tensor
 
 from dualdiff_engine.demo.fields import SIZE
 
-
-@dataclass(frozen=True)
-class Phase:
-    """target: what the network predicts, a `prediction_type` of diffusers.
-
-    steps: optimizer steps; the learning rate rises to `rate` and falls over `cycle` of them.
-    """
-
-    target: str
-    steps: int
-    cycle: int
-    rate: float
-
-
-# Velocity (Salimans & Ho 2022) instead of noise: where little but noise is left, a small error in
-# predicted noise is a large one in colour. The weights that ship were begun on noise; both phases
-# were ended before their learning rate was down.
-PHASES = (Phase("epsilon", 1500, 2400, 1e-3), Phase("v_prediction", 900, 1000, 8e-4))
+STEPS, RATE = 3600, 1e-3
 BATCH = 16
 AVERAGING = 0.998
-# signal-to-noise ratio above which a timestep counts less
-LARGEST_SNR = 5.0
 EMPTY_PROMPTS = 0.1
 WIDTH, TOKENS = 64, 16
 # one token each; any other word is spelled, letter by letter
@@ -47,24 +27,27 @@ SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
-    "prediction_type": PHASES[-1].target,
+    # velocity (Salimans & Ho 2022) instead of noise: where little but noise is left, a small error
+    # in predicted noise is a large one in colour
+    "prediction_type": "v_prediction",
     "steps_offset": 1,
     "timestep_spacing": "trailing",
 }
 
 
 def build_unet() -> Any:
-    """SD-1.5's blocks, three levels; sites at the middle one and at the bottom."""
+    """SD-1.5's blocks, three levels; as there, only the lowest level's blocks have no sites."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
         block_out_channels=(48, 96, 160),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,
+        # of heads, as in SD-1.5's file
+        attention_head_dim=2,
         norm_num_groups=16,
     )
 
@@ -135,57 +118,28 @@ def tokenise(tokenizer: Any, prompts: list[str]) -> Tensor:
 def train(
     unet: Any, text: Any, latents: Tensor, tokens: Tensor, empty: Tensor, seed: int, log: Any
 ) -> float:
-    """Train both in place, phase by phase. Returns the last mean loss.
+    """Train both in place, to the running average of their weights. Returns the last mean loss.
 
-    latents fp32 [n, 4, h, w]; tokens int64 [n, L]; empty int64 [L], the empty prompt's.
-    """
-    unet.to(memory_format=torch.channels_last)
-    modules = torch.nn.ModuleList([unet, text])
-    loss = 0.0
-    for number, phase in enumerate(PHASES):
-        loss = _train(modules, phase, (latents, tokens, empty), seed + number, log)
-    modules.eval()
-    return loss
-
-
-def _train(
-    modules: torch.nn.ModuleList,
-    phase: Phase,
-    data: tuple[Tensor, Tensor, Tensor],
-    seed: int,
-    log: Any,
-) -> float:
-    """To the running average of the weights. Mean squared error (Ho et al. 2020); of noise,
-    weighted by min(SNR, 5) / SNR (Hang et al. 2023). Timesteps: one of every sixteenth of them.
+    latents fp32 [n, 4, h, w]; tokens int64 [n, L]; empty int64 [L], the empty prompt's. Mean
+    squared error (Ho et al. 2020) of the velocity, in bfloat16 where autocast takes it; one
+    timestep of every sixteenth of them in every batch.
     """
     from diffusers import DDPMScheduler
 
-    latents, tokens, empty = data
     noiser: Any = DDPMScheduler.from_config({**SCHEDULER, "_class_name": "DDPMScheduler"})
-    kept = noiser.alphas_cumprod
-    weights = (LARGEST_SNR * (1 - kept) / kept).clamp(max=1)
-    if phase.target == "v_prediction":
-        weights = torch.ones_like(kept)
+    unet.to(memory_format=torch.channels_last)
+    modules = torch.nn.ModuleList([unet, text]).train()
     generator = torch.Generator().manual_seed(seed)
-    unet, text = modules.train()
     average = copy.deepcopy(modules).requires_grad_(False)
-    optimizer = torch.optim.AdamW(modules.parameters(), phase.rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, phase.rate, phase.cycle, pct_start=0.05
-    )
+    optimizer = torch.optim.AdamW(modules.parameters(), RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.05)
     start, mean = time.monotonic(), 1.0
-    for step in range(phase.steps):
+    for step in range(STEPS):
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
-        clean, words = latents[chosen], tokens[chosen].clone()
+        words = tokens[chosen]
         words[torch.rand(BATCH, generator=generator) < EMPTY_PROMPTS] = empty
-        noise = torch.randn(clean.shape, generator=generator)
-        places = torch.arange(BATCH) + torch.rand(BATCH, generator=generator)
-        times = (places * (len(kept) / BATCH)).long()
-        noised = noiser.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
-        velocity = phase.target == "v_prediction"
-        target = noiser.get_velocity(clean, noise, times) if velocity else noise
-        errors = (unet(noised, times, text(words)[0]).sample - target).square().mean((1, 2, 3))
-        loss = (weights[times] * errors).mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = _loss(unet, text, noiser, latents[chosen], words, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
@@ -194,10 +148,21 @@ def _train(
         _average(average, modules, step)
         mean = 0.99 * mean + 0.01 * loss.item()
         if step % 100 == 99:
-            seconds = time.monotonic() - start
-            log(f"{phase.target} {step + 1}/{phase.steps} loss {mean:.4f} {seconds:.0f} s")
+            log(f"denoiser {step + 1}/{STEPS} loss {mean:.4f} {time.monotonic() - start:.0f} s")
     modules.load_state_dict(average.state_dict())
+    modules.eval()
     return mean
+
+
+def _loss(
+    unet: Any, text: Any, noiser: Any, clean: Tensor, words: Tensor, generator: torch.Generator
+) -> Tensor:
+    noise = torch.randn(clean.shape, generator=generator)
+    places = torch.arange(BATCH) + torch.rand(BATCH, generator=generator)
+    times = (places * (noiser.config.num_train_timesteps / BATCH)).long()
+    noised = noiser.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
+    velocity = unet(noised, times, text(words)[0]).sample
+    return torch.nn.functional.mse_loss(velocity.float(), noiser.get_velocity(clean, noise, times))
 
 
 @torch.no_grad()

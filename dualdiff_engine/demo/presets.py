@@ -68,8 +68,8 @@ PRESETS = {
         Preset("washer", "stain", background=True),
         Preset("fabric", "hole", background=False),
         Preset("fabric", "stain", background=False),
-        Preset("tile", "crack", background=True),
-        Preset("tile", "chip", background=False),
+        Preset("tile", "crack", background=False),
+        Preset("tile", "chip", background=True),
     )
 }
 

@@ -1,8 +1,8 @@
 """Recipe of the demo base: `python -m dualdiff_engine.demo.train_base OUTPUT`.
 
-Writes a diffusers Stable Diffusion folder and `training.json`, the record, in three stages: the
-autoencoder, the denoiser on its latents, and the decoder once more. A stage that is recorded is not
-run again; the last two can run at the same time (`--stage`). Runs on the CPU.
+Writes a diffusers Stable Diffusion folder and `training.json`, the record, in two stages: the
+autoencoder, and the denoiser on its latents. A stage that is recorded is not run again. Runs on the
+CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from dualdiff_engine import recipe
 from dualdiff_engine.demo import autoencoder, denoiser, material
 
-AUTOENCODER_PICTURES, DENOISER_PICTURES, TEST_PICTURES = 3000, 4000, 60
+AUTOENCODER_PICTURES, DENOISER_PICTURES, TEST_PICTURES = 3000, 5000, 60
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,19 +73,6 @@ def _train_autoencoder(output: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _refine_decoder(output: Path, seed: int) -> dict[str, Any]:
-    start = time.monotonic()
-    vae = _load_autoencoder(output)
-    refined = autoencoder.refine(vae, _pictures(seed), seed, tqdm.write)
-    _save_autoencoder(vae, output)
-    return {
-        "steps": autoencoder.REFINING_STEPS,
-        "seconds": round(time.monotonic() - start),
-        "l1": round(refined, 5),
-        "unseen_psnr_db": _unseen_psnr(vae, seed),
-    }
-
-
 def _pictures(seed: int) -> torch.Tensor:
     return autoencoder.as_tensor(material.any_pictures(AUTOENCODER_PICTURES, 2 * seed))
 
@@ -130,7 +116,7 @@ def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
     unet.half().save_pretrained(output / "unet")
     return {
         "pictures": len(pictures),
-        "phases": [asdict(phase) for phase in denoiser.PHASES],
+        "steps": denoiser.STEPS,
         "batch": denoiser.BATCH,
         "seconds": round(time.monotonic() - start),
         "loss": round(loss, 5),
@@ -140,7 +126,6 @@ def _train_denoiser(output: Path, seed: int) -> dict[str, Any]:
 STAGES = {
     "autoencoder": _train_autoencoder,
     "denoiser": _train_denoiser,
-    "decoder": _refine_decoder,
 }
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
