@@ -35,7 +35,7 @@ def filled(
     """
     if name is None:
         if base is None or adapter is None:
-            raise SettingsError("pass --base and --adapter, or --demo washer/scratch")
+            raise SettingsError("pass --base and --adapter, or --demo washer/stain")
         return base, adapter, options
     if base is not None or adapter is not None:
         raise SettingsError("--demo brings a base and an adapter: leave out --base and --adapter")

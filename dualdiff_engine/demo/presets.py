@@ -64,11 +64,11 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("washer", "scratch", background=False),
+        Preset("washer", "chip", background=False),
         Preset("washer", "stain", background=True),
         Preset("fabric", "hole", background=False),
         Preset("fabric", "stain", background=False),
-        Preset("tile", "crack", background=False),
+        Preset("tile", "stain", background=False),
         Preset("tile", "chip", background=True),
     )
 }

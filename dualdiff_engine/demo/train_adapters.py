@@ -32,9 +32,8 @@ OPTIONS: dict[str, Any] = {
     "save_dtype": "float16",
     "device": "cpu",
 }
-# with background a step takes half as long again; thin defects are learnt later than patches
-STEPS, BACKGROUND_STEPS, THIN_STEPS = 650, 500, 1000
-THIN = ("scratch", "crack")
+# with background a step takes half as long again
+STEPS, BACKGROUND_STEPS = 650, 500
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,12 +59,13 @@ def train(preset: Preset, base: Path, target: Path, **changed: Any) -> None:
         write_dataset(
             data, preset.part, [preset.defect], good=4, defective=PICTURES, seed=DATA_SEED
         )
+    steps = BACKGROUND_STEPS if preset.background else STEPS
     options = TrainingOptions(
         defect=preset.defect,
         background=preset.background,
         image_prompt=preset.prompts.image,
         anomaly_prompt=preset.prompts.anomaly,
-        **{**OPTIONS, "steps": steps(preset), **changed},
+        **{**OPTIONS, "steps": steps, **changed},
     )
     train_adapter(base, data, work / "run", options, progress=True)
     partial = target.with_name(target.name + ".partial")
@@ -74,12 +74,6 @@ def train(preset: Preset, base: Path, target: Path, **changed: Any) -> None:
     for name in KEPT:
         shutil.copyfile(work / "run" / name, partial / name)
     partial.rename(target)
-
-
-def steps(preset: Preset) -> int:
-    if preset.background:
-        return BACKGROUND_STEPS
-    return THIN_STEPS if preset.defect in THIN else STEPS
 
 
 KEPT = ("pytorch_lora_weights.safetensors", "training.json")

@@ -24,7 +24,7 @@ Whole = Annotated[Path | None, typer.Option(**_file, help="The object of all pai
 Inception = Annotated[Path | None, typer.Option(help="Weights for IS, FID and KID.")]
 Vgg = Annotated[Path | None, typer.Option(help="Weights for IC-LPIPS.")]
 Out = Annotated[Path | None, typer.Option(help="JSON file to write the record to.")]
-Demo = Annotated[str | None, typer.Option(help="Test on the demo's factory, as washer/scratch.")]
+Demo = Annotated[str | None, typer.Option(help="Test on the demo's factory, as washer/stain.")]
 Seeds = Annotated[str, typer.Option(help="A training each.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, not a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
@@ -94,7 +94,7 @@ def downstream(
     given = {"steps": steps, "batch": batch, "size": size, "seeds": _listed(seeds)}
     options = Options(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     if (demo is None) == (real is None):
-        raise SettingsError("pass --real FOLDER, or --demo washer/scratch")
+        raise SettingsError("pass --real FOLDER, or --demo washer/stain")
     if demo is not None:
         from dualdiff_engine.demo.presets import find
 
