@@ -160,7 +160,9 @@ def test_headline_says_what_was_found() -> None:
     assert "50% of the way to 0.900" in told(real, runs(0.7, 0.65))
     # within the spread is no finding
     assert "no different from" in told(real, runs(0.5, 0.5))
-    assert "behind" in told(real, runs(0.1, 0.1))
+    behind = told(real, runs(0.1, 0.1))
+    assert "behind" in behind
+    assert behind.endswith("; it is 0.900 ± 0.000 on as many real ones.")
 
 
 def factory_run(root: Path, part: str, defect: str, count: int) -> Path:

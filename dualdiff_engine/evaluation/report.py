@@ -92,11 +92,14 @@ def headline(tasks: Mapping[str, Mapping[str, Any]], metric: str = "pixel_ap") -
         f"Trained on generated pairs, mean {_HEADS[metric]} is {reached}: {verdict} {before} on "
         f"{real['pictures']} real pictures"
     )
-    closed = gap_closed(found, metric)
-    if closed is None:
+    if "ceiling" not in found:
         return sentence + "."
-    ceiling = _mean_and_spread(found["ceiling"], metric)
-    return sentence + f", {closed:.0%} of the way to {ceiling} on as many real ones."
+    ceiling = f"{_mean_and_spread(found['ceiling'], metric)} on as many real ones"
+    closed = gap_closed(found, metric)
+    # a way is gone forwards
+    if closed is None or ahead <= 0:
+        return sentence + f"; it is {ceiling}."
+    return sentence + f", {closed:.0%} of the way to {ceiling}."
 
 
 def quality(record: Mapping[str, Any]) -> str:
