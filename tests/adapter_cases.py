@@ -308,3 +308,32 @@ def hide_in_tar(payload: Payload, path: Path) -> None:
 
 def hide_in_gzip(payload: Payload, path: Path) -> None:
     path.write_bytes(gzip.compress(pickle.dumps(payload)))
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError(f"{name} was reached")
+
+    monkeypatch.setattr(owner, name, called)
+
+
+def written(path: Path, content: bytes = b"hello") -> Path:
+    path.write_bytes(content)
+    return path
+
+
+OURS_NOT = "is not part of a DualAnoDiff adapter: remove it or retrain"
+Spread = Callable[[Tensor], Tensor]
+
+
+def extend(axis: int) -> Spread:
+    """One more row or column."""
+    return lambda tensor: torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+
+
+def both(*changes: Change) -> Change:
+    def change(tensors: Tensors) -> None:
+        for one in changes:
+            one(tensors)
+
+    return change

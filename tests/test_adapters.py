@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,38 +12,31 @@ from torch import Tensor
 
 from adapter_cases import (
     CHANNELS,
-    DATA,
     LAYER,
+    OURS_NOT,
     RANK,
     SELF,
     TEXT,
-    WIDTH,
     Change,
+    Spread,
     Tensors,
     add,
+    both,
     drop,
     edit,
-    golden,
+    extend,
     refusal,
     refused,
     rename,
     saved,
     tiny,
 )
-from dualdiff_engine import Engine, adapters
-from dualdiff_engine.adapters import Adapter
+from dualdiff_engine import adapters
 
 PLAIN, BACKGROUND = tiny(), tiny(background=True)
 CHAINED = tiny(background=True, chained=True)
 SELF_KEY, TEXT_KEY = f"unet.{SELF}.processor", f"unet.{TEXT}.processor"
 LAYER_KEY = f"text_encoder.{LAYER}"
-
-Spread = Callable[[Tensor], Tensor]
-
-
-def extend(axis: int) -> Spread:
-    """One more row or column."""
-    return lambda tensor: torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
 
 
 def poison(value: float) -> Spread:
@@ -59,14 +50,6 @@ def poison(value: float) -> Spread:
 
 def transpose(tensor: Tensor) -> Tensor:
     return tensor.mT
-
-
-def both(*changes: Change) -> Change:
-    def change(tensors: Tensors) -> None:
-        for one in changes:
-            one(tensors)
-
-    return change
 
 
 # --- every key on its own ------------------------------------------------------------------------
@@ -122,7 +105,6 @@ def test_one_more_key_is_named(tmp_path: Path, name: str) -> None:
 
 MISSING = "is missing: the adapter is incomplete, use an intact copy or another checkpoint"
 FOREIGN = "no two-branch DualAnoDiff adapter; pass one that DualAnoDiff trained"
-OURS_NOT = "is not part of a DualAnoDiff adapter: remove it or retrain"
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 
 # tensors, what is done to them, the refusal
@@ -340,240 +322,3 @@ def test_other_families_are_told_apart(
 )
 def test_unknown_families_are_refused(tmp_path: Path, name: str) -> None:
     refused(saved(tmp_path, {name: torch.ones(4, 4)}), f"^{re.escape(name)} {OURS_NOT}")
-
-
-# --- the base ------------------------------------------------------------------------------------
-
-SITES = {SELF: (CHANNELS, CHANNELS), TEXT: (CHANNELS, WIDTH)}
-LAYERS = {LAYER: WIDTH}
-REMEDY = "it was trained on another base model: load the base it belongs to"
-OTHER = SELF.replace("mid_block", "down_blocks.1")
-MISFITS: dict[str, tuple[dict[str, tuple[int, int]], dict[str, int], str]] = {
-    "no-sites": ({}, LAYERS, f"^unet.{SELF}: the base model has no such site; {REMEDY}"),
-    "site-the-base-lacks": (
-        {SELF: SITES[SELF]}, LAYERS, f"^unet.{TEXT}: the base model has no such site; {REMEDY}"
-    ),
-    "site-missing": (
-        {**SITES, OTHER: SITES[SELF]}, LAYERS, f"^unet.{OTHER} is missing.*every site.*{REMEDY}"
-    ),
-    "channels": (
-        {**SITES, SELF: (8, 8)}, LAYERS,
-        rf"^unet.{SELF} has .channels, context width. \(4, 4\), the base has \(8, 8\); {REMEDY}",
-    ),
-    "context-width": (
-        {**SITES, TEXT: (4, 768)}, LAYERS, rf"^unet.{TEXT} has .*\(4, 6\), the base has \(4, 768\)"
-    ),
-    "text-width": (
-        SITES, {LAYER: 768}, f"^text_encoder.{LAYER} has width 6, the base's 768; {REMEDY}"
-    ),
-    "text-layer-the-base-lacks": (
-        SITES, {}, f"^text_encoder.{LAYER}: the base model has no such layer; {REMEDY}"
-    ),
-    "text-layer-missing": (
-        SITES, {**LAYERS, LAYER.replace("0", "1"): WIDTH},
-        f"^text_encoder.{LAYER.replace('0', '1')} is missing: .*use an intact copy",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("sites", "layers", "match"), MISFITS.values(), ids=MISFITS)
-def test_adapters_of_another_base_are_refused(
-    sites: Mapping[str, tuple[int, int]], layers: Mapping[str, int], match: str
-) -> None:
-    adapter = adapters.parse(PLAIN)
-    refusal(lambda: adapters.check_fits(adapter, sites, layers), match)
-
-
-def test_an_adapter_of_its_base_fits() -> None:
-    adapters.check_fits(adapters.parse(PLAIN), SITES, LAYERS)
-    without_text = dict(PLAIN)
-    drop("text_encoder")(without_text)
-    adapters.check_fits(adapters.parse(without_text), SITES, LAYERS)
-
-
-DEEPEST = "unet.mid_block.attentions.0.transformer_blocks.0"
-WRONG_FOR_THE_ENGINE: dict[str, tuple[Change, str]] = {
-    "no-mid-block": (drop("mid_block"), f"^{DEEPEST}.attn1 is missing.*load the base"),
-    "deeper": (
-        rename(r"unet\.mid_block(.*)blocks\.0", r"unet.mid_block\1blocks.1"),
-        "^unet.mid_block.attentions.0.transformer_blocks.1.attn1: the base model has no such site",
-    ),
-    "wider-text": (
-        edit(r"attn2.*to_[kv]_lora.*down", extend(1)), r"\(16, 33\), the base has \(16, 32\)"
-    ),
-    "no-last-text-layer": (
-        drop(r"layers\.1\."), r"^text_encoder.text_model.encoder.layers.1.self_attn is missing"
-    ),
-    "one-more-text-layer": (
-        rename(r"layers\.1\.", "layers.2."), r"layers.2.self_attn: the base model has no such layer"
-    ),
-    "tiny": (both(drop("."), lambda t: t.update(PLAIN)), r"\(4, 4\), the base has"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    right = saved(tmp_path_factory.mktemp("right"), golden("dual"), "right.safetensors")
-    with Engine.from_pretrained(DATA / "dual" / "model", adapter=right, device="cpu") as engine:
-        yield engine
-
-
-@pytest.mark.parametrize(
-    ("change", "match"), WRONG_FOR_THE_ENGINE.values(), ids=WRONG_FOR_THE_ENGINE
-)
-def test_the_engine_refuses_and_keeps_what_it_has(
-    tmp_path: Path, engine: Engine, change: Change, match: str
-) -> None:
-    tensors = golden("dual")
-    change(tensors)
-    path = saved(tmp_path, tensors)
-    refusal(lambda: engine.load_adapter(path), match)
-    assert engine.adapters == ["right"]
-    assert engine.active_adapter == "right"
-
-
-def test_from_pretrained_refuses_an_adapter_of_another_base(tmp_path: Path) -> None:
-    path = saved(tmp_path, PLAIN)
-    refusal(
-        lambda: Engine.from_pretrained(DATA / "dual" / "model", adapter=path, device="cpu"),
-        r"has \(channels, context width\) \(4, 4\), the base has",
-    )
-
-
-def test_a_wrong_adapter_is_refused_before_the_base_is_looked_for(tmp_path: Path) -> None:
-    path = saved(tmp_path, {"w": torch.ones(1)})
-    refusal(
-        lambda: Engine.from_pretrained(tmp_path / "no-base", adapter=path, device="cpu"),
-        f"^w {OURS_NOT}$",
-    )
-
-
-# --- what is read --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("case", "background"), [("dual", False), ("bcm", True)])
-def test_the_released_format_is_read(case: str, background: bool) -> None:
-    tensors = golden(case)
-    adapter = adapters.load(DATA / case / "adapter", allow_pickle=True)
-    assert (adapter.rank, len(adapter.sites), len(adapter.text)) == (4, 20, 2)
-    assert adapter.has_background is background
-    assert adapter.parameters == sum(tensor.numel() for tensor in tensors.values())
-    for site, held in adapter.sites.items():
-        prefix = f"unet.{site}.processor."
-        if background and site.endswith("attn1"):
-            prefix += "chained_proc."
-            assert held.background is not None
-            assert torch.equal(held.background.amount, tensors[prefix + "temporal_a"])
-            mlp = prefix + "temporal_condition_mlp"
-            assert torch.equal(held.background.reduce.weight, tensors[f"{mlp}.0.weight"])
-            assert torch.equal(held.background.expand.bias, tensors[f"{mlp}.1.bias"])
-        else:
-            assert held.background is None
-        for branch, pairs in enumerate(held.lora):
-            for part, pair in pairs.items():
-                name = f"{prefix}to_{part}_lora.{branch}"
-                assert torch.equal(pair.down, tensors[f"{name}.down.weight"])
-                assert torch.equal(pair.up, tensors[f"{name}.up.weight"])
-        for part, affine in held.interaction.items():
-            name = f"{prefix}temporal_{'o' if part == 'output' else part[0]}"
-            assert torch.equal(affine.weight, tensors[f"{name}.weight"])
-            assert torch.equal(affine.bias, tensors[f"{name}.bias"])
-    for layer, pairs in adapter.text.items():
-        for part, pair in pairs.items():
-            name = f"text_encoder.{layer}.to_{part}_lora"
-            assert torch.equal(pair.down, tensors[f"{name}.down.weight"])
-            assert torch.equal(pair.up, tensors[f"{name}.up.weight"])
-
-
-def same(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return all(same(x, y) for x, y in zip(a, b, strict=True))
-    if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-        return same(vars(a), vars(b))
-    return a == b
-
-
-def unnamed(adapter: Adapter) -> Adapter:
-    return dataclasses.replace(adapter, source="", sha256="")
-
-
-def test_both_spellings_are_the_same() -> None:
-    tensors = golden("bcm")
-    short = {name.replace("chained_proc.", ""): tensor for name, tensor in tensors.items()}
-    assert short.keys() != tensors.keys()
-    assert same(adapters.parse(short), adapters.parse(tensors))
-    # a checkpoint may mix them, site by site
-    mixed = {
-        name.replace("chained_proc.", "") if "mid_block" in name else name: tensor
-        for name, tensor in tensors.items()
-    }
-    assert same(adapters.parse(mixed), adapters.parse(tensors))
-    assert not same(adapters.parse(golden("dual")), adapters.parse(tensors))
-
-
-@pytest.mark.parametrize("case", ["dual", "bcm"])
-def test_conversion_parses_the_same(tmp_path: Path, case: str) -> None:
-    source, target = DATA / case / "adapter", tmp_path / "new" / "a.safetensors"
-    converted = adapters.convert(source, target)
-    assert same(adapters.load(target), converted)
-    assert converted.source == str(target)
-    assert re.fullmatch("[0-9a-f]{64}", converted.sha256)
-    original = adapters.load(source, allow_pickle=True)
-    assert same(unnamed(converted), unnamed(original))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_other_precisions_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
-    path = saved(tmp_path, {name: tensor.to(dtype) for name, tensor in CHAINED.items()})
-    adapter = adapters.load(path)
-    assert adapter.rank == RANK
-    assert adapter.sites[SELF].lora[1]["k"].up.dtype == dtype
-    assert isinstance(next(iter(adapters.summary(adapter)["blend"].values())), float)  # type: ignore[attr-defined]
-
-
-def test_background_may_be_absent_at_text_sites() -> None:
-    tensors = dict(CHAINED)
-    drop("attn2.*(temporal_a|mlp)")(tensors)
-    assert same(adapters.parse(tensors).sites, adapters.parse(CHAINED).sites)
-
-
-def test_text_lora_may_be_absent() -> None:
-    tensors = dict(PLAIN)
-    drop("text_encoder")(tensors)
-    assert adapters.parse(tensors).text == {}
-
-
-def test_text_rank_may_differ_from_the_unet() -> None:
-    tensors = dict(PLAIN)
-    both(edit(r"text.*\.down\.", extend(0)), edit(r"text.*\.up\.", extend(1)))(tensors)
-    adapter = adapters.parse(tensors)
-    assert adapter.rank == RANK
-    assert adapter.text[LAYER]["q"].down.shape == (RANK + 1, WIDTH)
-
-
-@pytest.mark.parametrize(("case", "background"), [("dual", False), ("bcm", True)])
-def test_summary(case: str, background: bool) -> None:
-    tensors = golden(case)
-    adapter = adapters.load(DATA / case / "adapter", allow_pickle=True)
-    shown = adapters.summary(adapter)
-    blend = shown.pop("blend")
-    assert isinstance(blend, dict)
-    assert len(blend) == (10 if background else 0)
-    for site, amount in blend.items():
-        assert amount == tensors[f"unet.{site}.processor.chained_proc.temporal_a"].item()
-    assert shown == {
-        "file": str(DATA / case / "adapter" / "pytorch_lora_weights.bin"),
-        "sha256": adapter.sha256,
-        "branches": ["image", "anomaly"],
-        "rank": 4,
-        "sites": 20,
-        "background": background,
-        "text_encoder_layers": 2,
-        "parameters": adapter.parameters,
-        "context_width": [32],
-        "base": "a model with text width 32",
-    }
