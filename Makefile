@@ -27,7 +27,7 @@ interpreter: .venv-test/ready
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 aot: .venv-test/ready
-	$(TEST)/python -m pytest tests/aot -s
+	$(PYTEST) --dist worksteal -rP tests/aot
 
 # ONNX exports of the golden models, through ONNX Runtime on the CPU; the C++ example where its headers
 # can be had
