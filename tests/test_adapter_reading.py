@@ -16,7 +16,6 @@ from adapter_cases import (
     LAYER,
     RANK,
     SELF,
-    TEXT,
     WIDTH,
     both,
     drop,
@@ -29,10 +28,7 @@ from adapter_cases import (
 from dualdiff_engine import adapters
 from dualdiff_engine.adapters import Adapter
 
-PLAIN, BACKGROUND = tiny(), tiny(background=True)
-CHAINED = tiny(background=True, chained=True)
-SELF_KEY, TEXT_KEY = f"unet.{SELF}.processor", f"unet.{TEXT}.processor"
-LAYER_KEY = f"text_encoder.{LAYER}"
+PLAIN, CHAINED = tiny(), tiny(background=True, chained=True)
 
 
 @pytest.mark.parametrize(("case", "background"), [("dual", False), ("bcm", True)])
