@@ -174,9 +174,10 @@ def _tolerance(engine: Engine, artefact: Artefact, batches: Sequence[int]) -> tu
     CPUs have; float16 keeps three more bits.
     """
     if artefact.graph.startswith("vae"):
-        # a runtime may add the numbers of a norm's group in turn; every partial sum is rounded,
-        # with a variance of a third of half a unit squared, and the norms' errors are independent
-        in_turn = UNIT * math.sqrt(max(_normed(engine.vae, artefact)) / 6)
+        # A runtime may add the K squares of a norm's group in turn. Partial sums grow evenly, each
+        # is rounded with a variance of u²/3: together a deviation of u sqrt(K) / 3, of whose root
+        # half is left. Norms err independently, so their K add up; twice the deviation is allowed.
+        in_turn = UNIT * math.sqrt(max(_normed(engine.vae, artefact))) / 3
         return max(PICTURE, in_turn), "fp32 rounding of pictures, group norms summed in turn"
     if artefact.graph not in _NETWORK or artefact.precision == "float32":
         return FP32, "fp32 rounding, in two orders of summation"
