@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dualdiff_engine import markdown
 from dualdiff_engine.bench import report
 from dualdiff_engine.evaluation import report as evaluation
 
@@ -21,11 +22,11 @@ _SLOT = re.compile(r"(<!-- record (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re
 def _masks(rows: list[dict[str, Any]]) -> str:
     sizes = sorted({row["size"] for row in rows})
     head = ["defects", *(f"{size} px" for size in sizes)]
-    lines = [head, ["---", *["---:"] * len(sizes)]]
+    lines = [head]
     for family in dict.fromkeys(row["family"] for row in rows):
         found = {row["size"]: row["mean_iou"] for row in rows if row["family"] == family}
         lines.append([family, *(f"{found[size]:.3f}" for size in sizes)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(lines)
 
 
 def section(path: Path) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dualdiff_engine import markdown
 from dualdiff_engine.errors import SettingsError
 
 Record = dict[str, Any]
@@ -88,14 +89,7 @@ def preparations(record: Record) -> list[str]:
 
 
 def markdown_table(record: Record) -> str:
-    lines = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *cells(record)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _table(rows: list[list[str]], texts: int = 1) -> str:
-    """Markdown; rows[0]: headings, of which the first `texts` are not of numbers."""
-    lines = [rows[0], ["---"] * texts + ["---:"] * (len(rows[0]) - texts), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table([COLUMNS, *cells(record)], texts=2)
 
 
 def export_table(record: Record) -> str:
@@ -119,7 +113,7 @@ def export_table(record: Record) -> str:
                 record["checker"][name],
             ]
         )
-    return _table(rows)
+    return markdown.table(rows)
 
 
 def export_headline(record: Record) -> str:

@@ -35,6 +35,7 @@ LAYERS = {
     "graph": {"errors", "model"},
     "sampler": {"background", "graph", "model", "ops", "settings"},
     "output": {"errors", "pair"},
+    "markdown": set(),
     "sheet": set(),
     "stopping": set(),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dualdiff_engine import markdown
 from dualdiff_engine.evaluation.downstream import METRICS
 
 _HEADS = {
@@ -29,14 +30,14 @@ def downstream(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     The last rows are means over tasks; their spread is that of the seeds' means over tasks.
     """
     heads = ["trained on", *(_HEADS[name] for name in METRICS)]
-    lines = [["", *heads], ["---", "---", *["---:"] * len(METRICS)]]
+    lines = [["", *heads]]
     for name, record in tasks.items():
         for arm, found in record["arms"].items():
             lines.append([name, _label(arm, found["pictures"]), *_cells(found)])
     if len(tasks) > 1:
         for arm, found in overall(tasks).items():
             lines.append(["**mean**", _label(arm, found["pictures"]), *_cells(found)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(lines, texts=2)
 
 
 def overall(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -105,12 +106,12 @@ def headline(tasks: Mapping[str, Mapping[str, Any]], metric: str = "pixel_ap") -
 def quality(record: Mapping[str, Any]) -> str:
     """Table of a quality record: a row per measure, a column per defect."""
     found: Mapping[str, Any] = record["defects"]
-    lines = [["", *found], ["---", *["---:"] * len(found)]]
+    lines = [["", *found]]
     for label, path in _MEASURES:
         values = [_at(measures, path) for measures in found.values()]
         if any(value is not None for value in values):
             lines.append([label, *map(_figure, values)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(lines)
 
 
 _MEASURES = (
