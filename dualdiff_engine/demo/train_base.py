@@ -27,14 +27,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stage", action="append", choices=STAGES, help="only this one")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     output: Path = options.output
     # whatever mode the caller is in
     with torch.inference_mode(False), torch.enable_grad():
-        for stage in options.stage or STAGES:
+        for stage in STAGES:
             if stage not in _recorded(output):
                 _record(output, stage, STAGES[stage](output, options.seed), options)
 
