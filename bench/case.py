@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine import adapters, weights
+from dualdiff_engine import adapters
+from dualdiff_engine.adapters import fold
 from dualdiff_engine.base_model import TensorFile
 from dualdiff_engine.demo.presets import BASE, PRESETS
 from dualdiff_engine.errors import BackendError
@@ -133,9 +134,9 @@ def unet_shapes(model: str) -> dict[str, tuple[int, ...]]:
         if not name.startswith("time_table."):
             projection = ".proj_" in name and name.endswith("weight")
             square = () if config.linear_projection or not projection else (1, 1)
-            shapes[weights.diffusers_name(name)] = (*parameter.shape, *square)
+            shapes[fold.diffusers_name(name)] = (*parameter.shape, *square)
     for name, module in unet.named_modules():
-        theirs = weights.diffusers_name(name)
+        theirs = fold.diffusers_name(name)
         if isinstance(module, ResnetBlock):
             outer = module.conv1.out_channels
             shapes[f"{theirs}.conv1.bias"] = (outer,)

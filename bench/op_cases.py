@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualdiff_engine.adapters import Affine
+from dualdiff_engine.adapters.fold import fold_interaction
+from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.bench.case import MODELS, TEXT_TOKENS, network_config
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import NAMES, Ops, reference
-from dualdiff_engine.weights import fold_interaction
 
 META = torch.device("meta")
 GUIDANCE = 2.5

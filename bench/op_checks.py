@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine import ops, weights
+from dualdiff_engine import ops
+from dualdiff_engine.adapters import fold
 from dualdiff_engine.bench.case import Case, RandomWeights, random_adapter
 from dualdiff_engine.bench.op_bench import check, reason, relative
 from dualdiff_engine.bench.op_cases import Problem, Spec, problem, trace
@@ -158,7 +159,7 @@ def _replayed(model: str, device: torch.device, dtype: torch.dtype, background: 
     base = RandomWeights.of(model, 0)
     for seed in (0, 1, 0):
         adapter = random_adapter(RandomWeights(base.shapes, seed), background=True)
-        graphed.load(weights.fold_sites(base, adapter.sites, device, dtype))
+        graphed.load(fold.fold_sites(base, adapter.sites, device, dtype))
         for index in (10, 40):
             bias = peer.time_bias[index]
             shares = peer.background(index) if background else None

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dualdiff_engine import engine, weights
+from dualdiff_engine import engine
+from dualdiff_engine.adapters import fold
 from dualdiff_engine.bench import exported
 from dualdiff_engine.bench.case import (
     Case,
@@ -70,8 +71,8 @@ def folded_tensors(
 ) -> dict[str, Tensor]:
     adapter = adapter_of(model, seed, background=background)
     base = all_at_once(base_weights(model, seed), device)
-    network = weights.fold_network(base, device, dtype)
-    return network | weights.fold_sites(base, adapter.sites, device, dtype)
+    network = fold.fold_network(base, device, dtype)
+    return network | fold.fold_sites(base, adapter.sites, device, dtype)
 
 
 def filled_unet(case: Case, device: torch.device, dtype: torch.dtype) -> Any:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualdiff_engine.adapters import Adapter, SiteAdapter
+from dualdiff_engine.adapters.format import Adapter, SiteAdapter
 from dualdiff_engine.bench.released import ReleasedSite, ReleasedUNet, affine
 
 # query, key, value [N, S, H, D] -> [N, S, H, D]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualdiff_engine.adapters import Adapter, Affine, LowRank, SiteAdapter
+from dualdiff_engine.adapters.format import Adapter, Affine, LowRank, SiteAdapter
 
 
 def affine(x: Tensor, layer: Affine) -> Tensor:

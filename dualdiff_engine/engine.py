@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine import adapters, memory, request, weights
+from dualdiff_engine import adapters, memory, request
 from dualdiff_engine import background as backgrounds
+from dualdiff_engine.adapters import fold as weights
+from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.background import BackgroundBank
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.drawing import Job, StepCallback, draw_pairs
@@ -24,7 +26,6 @@ from dualdiff_engine.pair import Pair, check_output_type
 from dualdiff_engine.recipe import describe
 from dualdiff_engine.settings import Background, Prompts, Sampling
 from dualdiff_engine.text import TextEncoder
-from dualdiff_engine.weights import Resident
 
 # backends that run an exported network; their code is loaded when one is asked for
 EXPORTED = ("onnxruntime", "tensorrt")

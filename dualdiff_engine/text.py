@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine import weights
-from dualdiff_engine.adapters import LowRank
+from dualdiff_engine.adapters import fold as weights
+from dualdiff_engine.adapters.format import LowRank
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Prompts
 

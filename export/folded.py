@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export import weight_files
 from dualdiff_engine.export.artefact import ADAPTERS, Artefact
 from dualdiff_engine.text import TextEncoder
-from dualdiff_engine.weights import Resident
 
 PROBE = ".probe.safetensors"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine.adapters import LowRank
+from dualdiff_engine.adapters.format import LowRank
 from dualdiff_engine.base_model import BaseModel, read_json
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export.artefact import Artefact

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualdiff_engine.adapters import Affine
+from dualdiff_engine.adapters.format import Affine
 
 _new_empty = Tensor.new_empty
 

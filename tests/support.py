@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dualdiff_engine import Engine
+from dualdiff_engine.adapters.fold import diffusers_name
 from dualdiff_engine.graph import Run
-from dualdiff_engine.weights import diffusers_name
 
 DATA = Path(__file__).parent / "data"
 CASES = ("dual", "bcm")

@@ -30,7 +30,8 @@ from adapter_cases import (
     written,
     zipped,
 )
-from dualdiff_engine import Engine, adapter_files, adapters
+from dualdiff_engine import Engine, adapters
+from dualdiff_engine.adapters import files
 from dualdiff_engine.errors import AdapterError, OutputError
 
 
@@ -97,7 +98,7 @@ def test_a_huge_file_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     path = written(tmp_path / f"a{suffix}")
-    os.truncate(path, adapter_files.MAX_FILE_BYTES + 1)
+    os.truncate(path, files.MAX_FILE_BYTES + 1)
     forbid(monkeypatch, Path, "open")
     refused(path, f"'a{suffix}' has 3,221,225,473 bytes; an adapter has 3,221,225,472 at most")
 
@@ -119,7 +120,7 @@ def test_a_failing_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(adapter_files, "load_file", broken)
+    monkeypatch.setattr(files, "load_file", broken)
     refused(saved(tmp_path, tiny()), "cannot be read .Input/output error")
 
 
@@ -176,7 +177,7 @@ def test_conversion_keeps_every_bit(tmp_path: Path, case: str) -> None:
     source = DATA / case / "adapter" / "pytorch_lora_weights.bin"
     before = torch.load(source, weights_only=True)
     adapters.convert(source, tmp_path / "a.safetensors")
-    after = adapter_files.read(tmp_path / "a.safetensors")
+    after = files.read(tmp_path / "a.safetensors")
     assert sorted(after) == sorted(before)
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
@@ -192,7 +193,7 @@ def test_conversion_of_views_into_one_storage(tmp_path: Path) -> None:
         start += tensor.numel()
     source = pickled(tmp_path, views)
     adapters.convert(source, tmp_path / "b.safetensors")
-    after = adapter_files.read(tmp_path / "b.safetensors")
+    after = files.read(tmp_path / "b.safetensors")
     assert all(torch.equal(after[name], view) for name, view in views.items())
 
 
@@ -242,11 +243,11 @@ def test_what_torch_saves_of_plain_tensors_is_read(
     tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], Any]
 ) -> None:
     path = pickled(tmp_path, wrap(tiny()))
-    read = adapter_files.read(path)
+    read = files.read(path)
     assert all(torch.equal(read[name], tensor) for name, tensor in tiny().items())
     assert not any(tensor.requires_grad for tensor in read.values())
     adapters.convert(path, tmp_path / "b.safetensors")
-    again = adapter_files.read(tmp_path / "b.safetensors")
+    again = files.read(tmp_path / "b.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in tiny().items())
 
 

@@ -26,7 +26,7 @@ from adapter_cases import (
     tiny,
 )
 from dualdiff_engine import adapters
-from dualdiff_engine.adapters import Adapter
+from dualdiff_engine.adapters.format import Adapter
 
 PLAIN, CHAINED = tiny(), tiny(background=True, chained=True)
 

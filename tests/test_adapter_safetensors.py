@@ -19,7 +19,8 @@ from adapter_cases import (
     tiny,
     written,
 )
-from dualdiff_engine import adapter_files, adapters
+from dualdiff_engine import adapters
+from dualdiff_engine.adapters import files
 
 READABLE = "no readable safetensors header"
 EIGHT = b"\0" * 8
@@ -162,7 +163,7 @@ PLACES: dict[str, tuple[bytes, str]] = {
 def test_header_lies_are_refused_before_a_tensor_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, match: str
 ) -> None:
-    forbid(monkeypatch, adapter_files, "load_file")
+    forbid(monkeypatch, files, "load_file")
     refused(written(tmp_path / "a.safetensors", content), match)
 
 

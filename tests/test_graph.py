@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualdiff_engine import graph, weights
+from dualdiff_engine import graph
+from dualdiff_engine.adapters import fold
 from dualdiff_engine.bench.case import RandomWeights, network_config, random_adapter
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.graph import GraphedDenoiser
@@ -27,12 +28,12 @@ CPU = torch.device("cpu")
 def adapter(seed: int, device: torch.device, *, background: bool) -> dict[str, Tensor]:
     base = RandomWeights.of("tiny", 0)
     drawn = random_adapter(RandomWeights(base.shapes, seed), background=background, rank=4)
-    return weights.fold_sites(base, drawn.sites, device, torch.float32)
+    return fold.fold_sites(base, drawn.sites, device, torch.float32)
 
 
 def network(device: torch.device = CPU, *, background: bool = True) -> DualUNet:
     unet = DualUNet(network_config("tiny"), bind(device=device), background=True)
-    unet.load(weights.fold_network(RandomWeights.of("tiny", 0), device, torch.float32))
+    unet.load(fold.fold_network(RandomWeights.of("tiny", 0), device, torch.float32))
     unet.load(adapter(0, device, background=background))
     return unet
 

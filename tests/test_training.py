@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualdiff_engine import Engine, adapter_files, adapters
+from dualdiff_engine import Engine, adapters
+from dualdiff_engine.adapters import files
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import AdapterError, SettingsError
 from dualdiff_engine.training import TrainingOptions
@@ -54,7 +55,7 @@ def test_agrees_with_the_released_program(name: str) -> None:
         rank=golden.settings["rank"],
     )
     network = TrainableNetwork(base, options, torch.device("cpu"), torch.float32)
-    tensors = adapter_files.read(adapter_files.find(golden.folder / "adapter", allow_pickle=True))
+    tensors = files.read(files.find(golden.folder / "adapter", allow_pickle=True))
     # text sites of released adapters carry a blend that nothing reads
     unread = [n for n in tensors if "attn2" in n and ("condition_mlp" in n or "temporal_a" in n)]
     network.load({n: t for n, t in tensors.items() if n not in unread})
@@ -79,7 +80,7 @@ def test_agrees_with_the_released_program(name: str) -> None:
 def test_engine_runs_what_was_trained(background: bool, tmp_path: Path) -> None:
     network = network_of(background=background, text_encoder=True)
     path = tmp_path / "adapter.safetensors"
-    adapter_files.write(path, network.tensors())
+    files.write(path, network.tensors())
     latents, times, _, surroundings = inputs_of(background)
     assert latents is not None
     assert times is not None
@@ -169,9 +170,7 @@ def test_bfloat16_trains_float32_parameters() -> None:
 
 def test_names_are_the_released_ones() -> None:
     plain, background = network_of(text_encoder=True), network_of(background=True)
-    golden = adapter_files.read(
-        adapter_files.find(load_golden("dual").folder / "adapter", allow_pickle=True)
-    )
+    golden = files.read(files.find(load_golden("dual").folder / "adapter", allow_pickle=True))
     assert set(plain.tensors()) == set(golden)
     chained = [name for name in background.tensors() if ".chained_proc." in name]
     assert chained

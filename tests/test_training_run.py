@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dualdiff_engine import Engine, adapter_files
+from dualdiff_engine import Engine
+from dualdiff_engine.adapters import files
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import DataError, OutputError, SettingsError, TrainingError
 from dualdiff_engine.training import TrainingOptions, TrainingResult, train_adapter
@@ -336,7 +337,7 @@ def test_what_a_run_writes(data: Path, tmp_path: Path, capsys: pytest.CaptureFix
     with Image.open(out / "loss.png") as curve:
         assert curve.width > 400
     record = json.loads((out / "training.json").read_text())
-    assert record["adapter"]["sha256"] == adapter_files.sha256(out / ADAPTER)
+    assert record["adapter"]["sha256"] == files.sha256(out / ADAPTER)
     assert record["options"]["learning_rate"] == 1e-3
     assert (record["steps_done"], record["device"], record["dtype"]) == (6, "cpu", "float32")
     assert len(record["data"]) == 9

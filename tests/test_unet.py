@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from dualdiff_engine import weights
+from dualdiff_engine.adapters import fold
 from dualdiff_engine.errors import BaseModelError
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.model.unet import DualUNet
@@ -58,8 +58,8 @@ def diffusers_unet(name: str) -> Any:
 def plain_engine(unet: Any) -> DualUNet:
     config = UNetConfig.from_dict({**unet.config, "_class_name": "UNet2DConditionModel"})
     network = DualUNet(config, bind("reference"), branches=1)
-    network.load(weights.fold_network(unet.state_dict(), CPU, torch.float32))
-    network.load(weights.fold_sites(unet.state_dict(), None, CPU, torch.float32))
+    network.load(fold.fold_network(unet.state_dict(), CPU, torch.float32))
+    network.load(fold.fold_sites(unet.state_dict(), None, CPU, torch.float32))
     return network
 
 
@@ -107,8 +107,8 @@ def coupled(
     adapter = random_adapter(base, background=background, rank=4)
     config = UNetConfig.from_dict(unet.config)
     network = DualUNet(config, bind(backend), background=background)
-    network.load(weights.fold_network(base, CPU, torch.float32))
-    network.load(weights.fold_sites(base, adapter.sites, CPU, torch.float32))
+    network.load(fold.fold_network(base, CPU, torch.float32))
+    network.load(fold.fold_sites(base, adapter.sites, CPU, torch.float32))
     latents = torch.randn(2, 1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     text = network.text_projections(base_context())
     return network, latents, network.time_bias(torch.tensor([481]))[0], text

@@ -12,7 +12,7 @@ from dualdiff_engine.ops import Ops
 class Site(nn.Module):
     """What self and text sites share: the output projection and the exchange.
 
-    Weights are folded by `dualdiff_engine.weights` and assigned as buffers: another adapter is
+    Weights are folded by `adapters.fold` and assigned as buffers: another adapter is
     another set of the same tensors. A call with one branch uses the first branch's weights and has
     nobody to exchange with.
     """

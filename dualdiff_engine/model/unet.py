@@ -18,7 +18,7 @@ from dualdiff_engine.ops import Ops
 class DualUNet(nn.Module):
     """An SD UNet run as coupled branches over one batch, branch-major and channels-last.
 
-    Built empty on the meta device; `dualdiff_engine.weights` folds what `load` assigns. With
+    Built empty on the meta device; `dualdiff_engine.adapters.fold` folds what `load` assigns. With
     `branches=1` it is the plain UNet.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualdiff_engine.adapters import PROJECTIONS, LowRank
+from dualdiff_engine.adapters.format import PROJECTIONS, LowRank
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.settings import BRANCHES

@@ -1,7 +1,7 @@
 """One attention site in its trainable, unfolded form, as a processor of diffusers' attention.
 
 It computes the method (https://arxiv.org/abs/2408.13509) as it is written: low-rank changes beside
-the frozen weights, per branch, then the interaction of both branches. `dualdiff_engine.weights`
+the frozen weights, per branch, then the interaction of both branches. `adapters.fold`
 folds what is learnt here; the two agree to rounding.
 
 Rows of the batch are stacked by strand: image, background if there is one, anomaly. The background
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualdiff_engine.adapters import PROJECTIONS
+from dualdiff_engine.adapters.format import PROJECTIONS
 from dualdiff_engine.settings import BRANCHES
 
 _NORM_EPS = 1e-6

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dualdiff_engine import adapter_files, memory, request
+from dualdiff_engine import memory, request
+from dualdiff_engine.adapters import files as adapter_files
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import BaseModelError, OutputError, SettingsError, TrainingError
 from dualdiff_engine.output import lock

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualdiff_engine.adapters import Affine
+from dualdiff_engine.adapters.fold import fold_interaction
+from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.ops.triton.exchange import exchange
-from dualdiff_engine.weights import fold_interaction
 from op_inputs import draw, interaction, strided, unfolded_interaction
 from tolerance import assert_within_budget
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_exchange import arguments, unfolded_interaction
 
-from dualdiff_engine.adapters import Affine
+from dualdiff_engine.adapters.fold import fold_interaction
+from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.export import exchange_plugin
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 from dualdiff_engine.ops.triton import exchange as op
-from dualdiff_engine.weights import fold_interaction
 from tolerance import assert_within_budget
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dualdiff_engine import adapter_files
+from dualdiff_engine.adapters import files
 from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.settings import BRANCHES
 
@@ -111,14 +111,14 @@ class Adapter:
 
 def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
     """Read and validate an adapter file or folder. Raises AdapterError."""
-    path = adapter_files.find(source, allow_pickle=allow_pickle)
-    return parse(adapter_files.read(path), source=str(path), sha256=adapter_files.sha256(path))
+    path = files.find(source, allow_pickle=allow_pickle)
+    return parse(files.read(path), source=str(path), sha256=files.sha256(path))
 
 
 def default_name(source: str | Path) -> str:
     """How to call an adapter: its file's name, or its folder's where every file is named alike."""
     path = Path(source).absolute()
-    if path.stem == adapter_files.STEM:
+    if path.stem == files.STEM:
         path = path.parent
     name = path.name.removesuffix(".safetensors").removesuffix(".bin")
     return f"{path.parent.name}/{name}" if name.startswith("checkpoint-") else name
@@ -132,11 +132,11 @@ def convert(source: str | Path, target: str | Path) -> Adapter:
     target = Path(target)
     if target.suffix != ".safetensors":
         raise AdapterError(f"{str(target)!r} must end in .safetensors")
-    path = adapter_files.find(source, allow_pickle=True)
-    tensors = adapter_files.read(path)
+    path = files.find(source, allow_pickle=True)
+    tensors = files.read(path)
     parse(tensors, source=str(path))
-    adapter_files.write(target, tensors)
-    return parse(tensors, source=str(target), sha256=adapter_files.sha256(target))
+    files.write(target, tensors)
+    return parse(tensors, source=str(target), sha256=files.sha256(target))
 
 
 def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dualdiff_engine.adapters import (
+from dualdiff_engine.adapters.format import (
     PROJECTIONS,
     Affine,
     BackgroundBlend,
