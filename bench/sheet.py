@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dualdiff_engine.output import KINDS
-from dualdiff_engine.sheet import grid
+from dualdiff_engine.folder_writer import KINDS
+from dualdiff_engine.pictures import grid
 
 
 def sheet(run: Path, most: int = 8) -> Image.Image:

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dualdiff_engine.masks import extract_mask
+from dualdiff_engine.pipeline.masks import extract_mask
 
 SIZES = (512, 256)
 # shapes are drawn this many times larger and averaged down, which gives exact antialiased edges

@@ -63,7 +63,7 @@ from dualdiff_engine.training.command import train
 
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
-    from dualdiff_engine.output import FolderWriter
+    from dualdiff_engine.folder_writer import FolderWriter
 
 FAILED = 2
 
@@ -187,7 +187,7 @@ def generate(
         "progress": not quiet,
     }
     base, adapter, options = demos.filled(demo, base, adapter, options)
-    from dualdiff_engine.output import FolderWriter
+    from dualdiff_engine.folder_writer import FolderWriter
 
     with FolderWriter(out) as writer:
         from dualdiff_engine.engine import Engine
@@ -262,7 +262,7 @@ def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | N
             raise SettingsError("--object-mask and --background-noise… need --background PICTURE")
         return None
     background = Background(picture, **given)
-    from dualdiff_engine.background import cut_out
+    from dualdiff_engine.pipeline.background import cut_out
 
     # pictures that cannot be read or do not match are refused before models are
     cut_out(background, 8, 8)

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine import adapters, memory, request
-from dualdiff_engine import background as backgrounds
 from dualdiff_engine.adapters import fold as weights
 from dualdiff_engine.adapters.fold import Resident
-from dualdiff_engine.background import BackgroundBank
 from dualdiff_engine.base_model import BaseModel
-from dualdiff_engine.drawing import Job, StepCallback, draw_pairs
 from dualdiff_engine.errors import BaseModelError, SettingsError
 from dualdiff_engine.graph import GraphedDenoiser
-from dualdiff_engine.masks import Segmenter, extract_mask
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops, bind
 from dualdiff_engine.pair import Pair, check_output_type
+from dualdiff_engine.pipeline import background as backgrounds
+from dualdiff_engine.pipeline.background import BackgroundBank
+from dualdiff_engine.pipeline.generate import Job, StepCallback, draw_pairs
+from dualdiff_engine.pipeline.masks import Segmenter, extract_mask
+from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.recipe import describe
 from dualdiff_engine.settings import Background, Prompts, Sampling
-from dualdiff_engine.text import TextEncoder
 
 # backends that run an exported network; their code is loaded when one is asked for
 EXPORTED = ("onnxruntime", "tensorrt")

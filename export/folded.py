@@ -16,7 +16,7 @@ from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export import weight_files
 from dualdiff_engine.export.artefact import ADAPTERS, Artefact
-from dualdiff_engine.text import TextEncoder
+from dualdiff_engine.pipeline.text import TextEncoder
 
 PROBE = ".probe.safetensors"
 

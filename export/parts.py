@@ -17,7 +17,7 @@ from dualdiff_engine.export.artefact import Artefact
 from dualdiff_engine.export.denoiser import initializers
 from dualdiff_engine.export.runtime import Session
 from dualdiff_engine.model.config import UNetConfig
-from dualdiff_engine.text import TextEncoder
+from dualdiff_engine.pipeline.text import TextEncoder
 
 _FOLDED = (
     "a bundle holds no base weights to fold an adapter into: add it to the bundle with "

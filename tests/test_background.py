@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dualdiff_engine import Background, Engine, SettingsError
-from dualdiff_engine.background import BackgroundBank, cut_out, encode, fixed_noise
+from dualdiff_engine.pipeline.background import BackgroundBank, cut_out, encode, fixed_noise
 
 PICTURE = np.random.default_rng(0).integers(1, 255, (64, 64, 3), dtype=np.uint8)
 MASK = np.zeros((64, 64), np.uint8)

@@ -25,7 +25,7 @@ from dualdiff_engine import ops
 from dualdiff_engine.cli import main
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import OutOfMemoryError
-from dualdiff_engine.output import KINDS, MANIFEST, FolderWriter
+from dualdiff_engine.folder_writer import KINDS, MANIFEST, FolderWriter
 from support import DATA
 
 DUAL, BCM = DATA / "dual", DATA / "bcm"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dualdiff_engine import Engine, adapters, cli, sheet
+from dualdiff_engine import Engine, adapters, cli
+from dualdiff_engine import pictures as sheet
 from dualdiff_engine.demo.factory import make
 from dualdiff_engine.demo.presets import BASE, MODEL, PRESETS, SAMPLING, Preset, find
 from dualdiff_engine.demo.train_adapters import OPTIONS, PICTURES

@@ -38,7 +38,7 @@ def test_mask_is_exact(part: str, defect: str) -> None:
 @pytest.mark.parametrize(("part", "defect"), KINDS)
 def test_defects_can_be_told_from_black(part: str, defect: str) -> None:
     """The engine cuts masks out of anomaly pictures by brightness."""
-    from dualdiff_engine.masks import extract_mask
+    from dualdiff_engine.pipeline.masks import extract_mask
 
     overlaps = []
     for seed in range(4):

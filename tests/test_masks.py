@@ -21,7 +21,7 @@ from dualdiff_engine.bench.synthetic_masks import (
     score,
 )
 from dualdiff_engine.errors import SegmenterError, SettingsError
-from dualdiff_engine.masks import Segmenter, extract_mask
+from dualdiff_engine.pipeline.masks import Segmenter, extract_mask
 
 Picture = NDArray[np.uint8]
 

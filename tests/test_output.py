@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 
 from dualdiff_engine.errors import OutputError, SettingsError
-from dualdiff_engine.output import KINDS, MANIFEST, FolderWriter
+from dualdiff_engine.folder_writer import KINDS, MANIFEST, FolderWriter
 from dualdiff_engine.pair import Pair
 
 WRITE_FOREVER = """
 import sys
 from types import SimpleNamespace
 from PIL import Image
-from dualdiff_engine.output import FolderWriter
+from dualdiff_engine.folder_writer import FolderWriter
 pair = SimpleNamespace(
     image=Image.effect_noise((64, 64), 50).convert("RGB"),
     anomaly=Image.effect_noise((64, 64), 50).convert("RGB"),

@@ -78,7 +78,7 @@ def _draw(
     out: Path, count: int, seed: int, chosen: dict[str, Any], device: str, progress: bool
 ) -> tuple[list[tuple[str, Pair]], bool]:
     """Pairs of all presets, each on disk when the next is drawn, and whether Ctrl-C ended it."""
-    from dualdiff_engine.output import FolderWriter
+    from dualdiff_engine.folder_writer import FolderWriter
 
     drawn: list[tuple[str, Pair]] = []
     with FolderWriter(out) as writer:
@@ -114,11 +114,11 @@ def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
 
 
 def _sheet(drawn: list[tuple[str, Pair]]) -> Image.Image:
-    from dualdiff_engine import sheet
+    from dualdiff_engine import pictures
 
     parts = []
     for first in range(0, len(drawn), COLUMNS):
         row = drawn[first : first + COLUMNS]
-        columns = [[p.image, p.anomaly, sheet.overlay(p.image, p.mask)] for _, p in row]
-        parts.append(sheet.grid(columns, [name for name, _ in row]))
-    return sheet.stacked(parts)
+        columns = [[p.image, p.anomaly, pictures.overlay(p.image, p.mask)] for _, p in row]
+        parts.append(pictures.grid(columns, [name for name, _ in row]))
+    return pictures.stacked(parts)

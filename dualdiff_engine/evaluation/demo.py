@@ -60,7 +60,7 @@ def draw(preset: Preset, folder: Path, count: int) -> None:
     factory, and `object_mask/` says where it is. Raises DataError when the folder holds pairs of
     another adapter.
     """
-    from dualdiff_engine.output import MANIFEST, FolderWriter
+    from dualdiff_engine.folder_writer import MANIFEST, FolderWriter
 
     manifest = folder / MANIFEST
     done = manifest.read_bytes().count(b"\n") if manifest.is_file() else 0

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dualdiff_engine.background import cut_out, open_picture
 from dualdiff_engine.errors import DataError, SettingsError
+from dualdiff_engine.pipeline.background import cut_out, open_picture
 from dualdiff_engine.settings import Background
 from dualdiff_engine.training.options import TrainingOptions
 

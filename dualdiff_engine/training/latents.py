@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualdiff_engine import background as backgrounds
+from dualdiff_engine.pipeline import background as backgrounds
 from dualdiff_engine.training.data import Example
 from dualdiff_engine.training.options import TrainingOptions
 

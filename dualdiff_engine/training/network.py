@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dualdiff_engine.adapters.format import PROJECTIONS, LowRank
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import BRANCHES
-from dualdiff_engine.text import TextEncoder
 from dualdiff_engine.training.options import TrainingOptions
 from dualdiff_engine.training.site import Site
 

@@ -105,7 +105,7 @@ def draw_sheet(
     size: pixels of a side. place: device and dtype. backgrounds: taken in turn, empty for none.
     """
     from dualdiff_engine.engine import Engine
-    from dualdiff_engine.sheet import grid, overlay
+    from dualdiff_engine.pictures import grid, overlay
 
     columns = []
     with Engine.from_pretrained(

@@ -16,7 +16,7 @@ from dualdiff_engine import memory, request
 from dualdiff_engine.adapters import files as adapter_files
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import BaseModelError, OutputError, SettingsError, TrainingError
-from dualdiff_engine.output import lock
+from dualdiff_engine.folder_writer import lock
 from dualdiff_engine.training import data as folders
 from dualdiff_engine.training import record, state
 from dualdiff_engine.training.latents import Draw, LatentSet, encode

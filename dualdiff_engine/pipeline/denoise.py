@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine.background import BackgroundBank
 from dualdiff_engine.graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops
+from dualdiff_engine.pipeline.background import BackgroundBank
 from dualdiff_engine.settings import Sampling
 
 # (step, timestep, latents [B, 2, 4, h, w]) -> latents to go on with, or None to stop

@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualdiff_engine import memory
-from dualdiff_engine.background import BackgroundBank
 from dualdiff_engine.errors import OutOfMemoryError, SettingsError
-from dualdiff_engine.masks import MaskResult
 from dualdiff_engine.pair import Pair, present, present_mask, to_uint8
-from dualdiff_engine.sampler import denoise, draw_latents
+from dualdiff_engine.pipeline.background import BackgroundBank
+from dualdiff_engine.pipeline.denoise import denoise, draw_latents
+from dualdiff_engine.pipeline.masks import MaskResult
 from dualdiff_engine.settings import Sampling
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""From a request to pairs: text, background, noise, denoise, decode, mask."""
