@@ -18,9 +18,9 @@ from dualdiff_engine.adapters import fold
 from dualdiff_engine.base_model import TensorFile
 from dualdiff_engine.demo.presets import BASE, PRESETS
 from dualdiff_engine.errors import BackendError
+from dualdiff_engine.model.attention_site import Site, TextSite
 from dualdiff_engine.model.blocks import ResnetBlock
 from dualdiff_engine.model.config import UNetConfig
-from dualdiff_engine.model.site import Site, TextSite
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import bind
 

@@ -24,7 +24,7 @@ from dualdiff_engine.bench.case import MODELS, Case, network_config
 from dualdiff_engine.bench.machine import facts as machine_facts
 from dualdiff_engine.bench.op_cases import Spec, trace, work
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.graph import GraphedDenoiser
+from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops.triton import tuning
 

@@ -18,7 +18,7 @@ from dualdiff_engine.bench.case import Case, RandomWeights, random_adapter
 from dualdiff_engine.bench.op_bench import check, reason, relative
 from dualdiff_engine.bench.op_cases import Problem, Spec, problem, trace
 from dualdiff_engine.bench.peers import variant
-from dualdiff_engine.graph import CudaCapture, GraphedDenoiser
+from dualdiff_engine.model.cuda_graph import CudaCapture, GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 
 Row = dict[str, Any]

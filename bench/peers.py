@@ -27,7 +27,7 @@ from dualdiff_engine.bench.case import (
 from dualdiff_engine.bench.ported import PortedUNet, merged, sdpa
 from dualdiff_engine.bench.released import ReleasedUNet
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.graph import GraphedDenoiser
+from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, triton, xformers
 

@@ -15,7 +15,7 @@ from dualdiff_engine.adapters import fold as weights
 from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import BaseModelError, SettingsError
-from dualdiff_engine.graph import GraphedDenoiser
+from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops, bind
 from dualdiff_engine.pair import Pair, check_output_type

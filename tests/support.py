@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualdiff_engine import Engine
 from dualdiff_engine.adapters.fold import diffusers_name
-from dualdiff_engine.graph import Run
+from dualdiff_engine.model.cuda_graph import Run
 
 DATA = Path(__file__).parent / "data"
 CASES = ("dual", "bcm")

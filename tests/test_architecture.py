@@ -30,9 +30,8 @@ LAYERS = {
     "model": {"model", "ops", "errors"},
     "base_model": {"model", "errors"},
     "pipeline": {
-        *("adapters", "errors", "graph", "memory", "model", "ops", "pair", "pipeline", "settings"),
+        *("adapters", "errors", "memory", "model", "ops", "pair", "pipeline", "settings"),
     },
-    "graph": {"errors", "model"},
     "markdown": set(),
     "stopping": set(),
 }

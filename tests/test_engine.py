@@ -25,7 +25,7 @@ from dualdiff_engine import (
     SettingsError,
     adapters,
 )
-from dualdiff_engine.graph import GraphedDenoiser
+from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.ops import bind
 from support import DATA, Recorder, golden_engine, relative
 

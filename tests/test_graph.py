@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualdiff_engine import graph
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.bench.case import RandomWeights, network_config, random_adapter
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.graph import GraphedDenoiser
+from dualdiff_engine.model import cuda_graph
+from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import bind
 from support import Recorder
@@ -193,7 +193,7 @@ def test_load_refuses_what_does_not_fit_and_copies_nothing() -> None:
 
 
 def test_the_least_recently_used_graph_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
     unet, recorder = network(), Recorder()
     graphed = GraphedDenoiser(unet, recorder)
     for batch, captures in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):

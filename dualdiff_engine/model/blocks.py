@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualdiff_engine.model.attention_site import SelfSite, TextSite
 from dualdiff_engine.model.call import Call
 from dualdiff_engine.model.config import UNetConfig
-from dualdiff_engine.model.site import SelfSite, TextSite
 from dualdiff_engine.ops import Ops
 
 # fixed in the transformer of SD-1.x and SD-2.x, not in their configs

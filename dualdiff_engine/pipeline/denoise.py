@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine.graph import GraphedDenoiser
+from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops
 from dualdiff_engine.pipeline.background import BackgroundBank
