@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from dualdiff_engine.cli.interrupt import INTERRUPTED, clean_stop
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import ANOMALY_PROMPT, IMAGE_PROMPT
-from dualdiff_engine.stopping import INTERRUPTED, clean_stop
 from dualdiff_engine.training.options import TrainingOptions
 
 Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]

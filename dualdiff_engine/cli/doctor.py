@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from dualdiff_engine.cli_options import Backend, Device, Dtype, Json
+from dualdiff_engine.cli.options import Backend, Device, Dtype, Json
 
 # distribution -> the extra that brings it
 OPTIONAL = {

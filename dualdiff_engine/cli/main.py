@@ -17,7 +17,11 @@ import typer
 
 import dualdiff_engine
 from dualdiff_engine import settings
-from dualdiff_engine.cli_options import (
+from dualdiff_engine.cli import demo as demos
+from dualdiff_engine.cli import evaluate as evaluation
+from dualdiff_engine.cli.doctor import doctor, print_table
+from dualdiff_engine.cli.interrupt import INTERRUPTED, clean_stop
+from dualdiff_engine.cli.options import (
     MOST_PAIRS,
     AdapterPath,
     AllowPickle,
@@ -46,8 +50,7 @@ from dualdiff_engine.cli_options import (
     Steps,
     Trust,
 )
-from dualdiff_engine.demo import command as demos
-from dualdiff_engine.doctor import doctor, print_table
+from dualdiff_engine.cli.train import train
 from dualdiff_engine.errors import (
     AdapterError,
     BaseModelError,
@@ -55,11 +58,8 @@ from dualdiff_engine.errors import (
     DualDiffError,
     SettingsError,
 )
-from dualdiff_engine.evaluation import command as evaluation
 from dualdiff_engine.export.commands import register
 from dualdiff_engine.settings import Background, Prompts, Sampling
-from dualdiff_engine.stopping import INTERRUPTED, clean_stop
-from dualdiff_engine.training.command import train
 
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine

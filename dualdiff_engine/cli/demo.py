@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualdiff_engine.cli.interrupt import INTERRUPTED, clean_stop
 from dualdiff_engine.demo.presets import BASE, PRESETS, find
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Sampling, require_seed
-from dualdiff_engine.stopping import INTERRUPTED, clean_stop
 
 if TYPE_CHECKING:
     from PIL import Image
