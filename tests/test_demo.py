@@ -12,9 +12,9 @@ from PIL import Image
 
 from dualdiff_engine import Engine, adapters, cli
 from dualdiff_engine import pictures as sheet
-from dualdiff_engine.demo.factory import make
+from dualdiff_engine.demo.factory.samples import make
 from dualdiff_engine.demo.presets import BASE, MODEL, PRESETS, SAMPLING, Preset, find
-from dualdiff_engine.demo.train_adapters import OPTIONS, PICTURES
+from dualdiff_engine.demo.train.adapters import OPTIONS, PICTURES
 from support import relative
 
 
@@ -151,16 +151,16 @@ def test_recipes_of_the_base_make_a_folder_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The committed recipe runs end to end, for a step each."""
-    from dualdiff_engine.demo import autoencoder, denoiser, train_base
+    from dualdiff_engine.demo.train import autoencoder, base, denoiser
 
     for name in ("AUTOENCODER_PICTURES", "DENOISER_PICTURES", "TEST_PICTURES"):
-        monkeypatch.setattr(train_base, name, 3)
+        monkeypatch.setattr(base, name, 3)
     monkeypatch.setattr(autoencoder, "STEPS", 2)
     monkeypatch.setattr(autoencoder, "CROP_STEPS", 1)
     monkeypatch.setattr(denoiser, "STEPS", 2)
     threads = torch.get_num_threads()
     try:
-        train_base.main([str(tmp_path)])
+        base.main([str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
     record = json.loads((tmp_path / "training.json").read_text())

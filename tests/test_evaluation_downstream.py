@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from dualdiff_engine import cli
-from dualdiff_engine.demo.factory import make
+from dualdiff_engine.bench import demo_quality
+from dualdiff_engine.demo.factory.samples import make
 from dualdiff_engine.errors import DataError, SettingsError
-from dualdiff_engine.evaluation import demo, downstream, report, tasks
+from dualdiff_engine.evaluation import downstream, report, tasks
 from dualdiff_engine.evaluation.data import find_pairs
 from dualdiff_engine.evaluation.downstream import Material, Options, Task
-from dualdiff_engine.evaluation.network import UNet
+from dualdiff_engine.evaluation.segmentation_unet import UNet
 from dualdiff_engine.pair import Pair
 from evaluation_cases import blobs, good, write_real, write_run
 
@@ -218,12 +219,12 @@ def test_no_picture_is_in_two_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_demo_record_of_all_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "GOOD", 3)
     monkeypatch.setattr(tasks, "TEST", 3)
-    monkeypatch.setattr(demo, "draw", lambda *_: None)
+    monkeypatch.setattr(demo_quality, "draw", lambda *_: None)
     for part, defect in (("tile", "chip"), ("fabric", "hole")):
         factory_run(tmp_path / f"{part}-{defect}", part, defect, 4)
     words = [str(tmp_path), "--out", str(tmp_path), "--count", "3", "--steps", "1", "--seeds", "3"]
-    demo.main([*words, "--only", "tile/chip"])
-    demo.main([*words, "--only", "tile/chip", "--only", "fabric/hole"])
+    demo_quality.main([*words, "--only", "tile/chip"])
+    demo_quality.main([*words, "--only", "tile/chip", "--only", "fabric/hole"])
     record = json.loads((tmp_path / "downstream.json").read_text())
     assert list(record["tasks"]) == ["fabric/hole", "tile/chip"]
     assert record["tasks"]["tile/chip"]["source"]["pairs"] == 3
@@ -235,10 +236,10 @@ def test_demo_record_of_all_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def no_training(*_: object) -> None:
         raise AssertionError("what is recorded is not trained again")
 
-    monkeypatch.setattr(demo, "run", no_training)
-    demo.main([*words, "--only", "tile/chip"])
+    monkeypatch.setattr(demo_quality, "run", no_training)
+    demo_quality.main([*words, "--only", "tile/chip"])
     with pytest.raises(AssertionError, match="not trained again"):
-        demo.main([*words, "--only", "tile/chip", "--steps", "2"])
+        demo_quality.main([*words, "--only", "tile/chip", "--steps", "2"])
 
 
 class DrawingEngine:
@@ -274,11 +275,11 @@ def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from dualdiff_engine.engine import Engine
 
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_: DrawingEngine())
-    monkeypatch.setattr(demo, "SHARED", 4)
-    monkeypatch.setattr(demo, "_shipped", lambda preset: "c" * 8)
-    demo.draw(find("tile/chip"), tmp_path, 6)
-    demo.draw(find("tile/chip"), tmp_path, 6)
-    demo.draw(find("tile/chip"), tmp_path, 9)
+    monkeypatch.setattr(demo_quality, "SHARED", 4)
+    monkeypatch.setattr(demo_quality, "_shipped", lambda preset: "c" * 8)
+    demo_quality.draw(find("tile/chip"), tmp_path, 6)
+    demo_quality.draw(find("tile/chip"), tmp_path, 6)
+    demo_quality.draw(find("tile/chip"), tmp_path, 9)
     seeds = [0, 1, 2, 3], [4, 5], [6, 7], [8]
     assert DrawingEngine.asked == [(some, True) for some in seeds]
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").open()]
@@ -288,9 +289,9 @@ def test_demo_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for n, whole in enumerate(wholes):
         assert np.array_equal(whole, make("tile", seed=n - n % 4).object_mask)
     # trained anew, it does not go with what the old one drew
-    monkeypatch.setattr(demo, "_shipped", lambda preset: "d" * 8)
+    monkeypatch.setattr(demo_quality, "_shipped", lambda preset: "d" * 8)
     with pytest.raises(DataError, match="holds pairs of another adapter: remove it"):
-        demo.draw(find("tile/chip"), tmp_path, 9)
+        demo_quality.draw(find("tile/chip"), tmp_path, 9)
 
 
 @pytest.mark.parametrize(

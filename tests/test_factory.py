@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualdiff_engine.demo import material
-from dualdiff_engine.demo.defects import DEFECTS
-from dualdiff_engine.demo.factory import LEAST_SHARE, SIZE, make, write_dataset
-from dualdiff_engine.demo.parts import PARTS
+from dualdiff_engine.demo.factory.defects import DEFECTS
+from dualdiff_engine.demo.factory.parts import PARTS
+from dualdiff_engine.demo.factory.samples import LEAST_SHARE, SIZE, make, write_dataset
+from dualdiff_engine.demo.train import material
 from dualdiff_engine.errors import OutputError, SettingsError
 
 KINDS = [(part, defect) for part, defects in DEFECTS.items() for defect in defects]

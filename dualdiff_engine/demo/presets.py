@@ -53,7 +53,7 @@ class Preset:
         """Arguments of `Engine.stream`; background_seed: of the part that lends surroundings."""
         chosen: dict[str, Any] = {**SAMPLING, "prompts": self.prompts}
         if self.background:
-            from dualdiff_engine.demo.factory import make
+            from dualdiff_engine.demo.factory.samples import make
 
             # fixed noise: keys and values of the surroundings are computed once for all batches
             part = make(self.part, seed=background_seed)

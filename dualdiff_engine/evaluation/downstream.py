@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.evaluation import metrics
 from dualdiff_engine.evaluation.data import Bytes, Flags
-from dualdiff_engine.evaluation.network import WIDTHS, UNet
+from dualdiff_engine.evaluation.segmentation_unet import WIDTHS, UNet
 from dualdiff_engine.settings import require_seed
 
 METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "image_auroc")

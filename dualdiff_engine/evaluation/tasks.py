@@ -69,8 +69,8 @@ def factory_task(pairs: Sequence[Sample], part: str, defect: str, size: int) -> 
 
 def training_samples(folder: Path, part: str, defect: str) -> list[Sample]:
     """The pictures that the demo's adapter of this defect was trained on, written to a folder."""
-    from dualdiff_engine.demo.factory import write_dataset
-    from dualdiff_engine.demo.train_adapters import DATA_SEED, PICTURES
+    from dualdiff_engine.demo.factory.samples import write_dataset
+    from dualdiff_engine.demo.train.adapters import DATA_SEED, PICTURES
 
     write_dataset(folder, part, [defect], good=0, defective=PICTURES, seed=DATA_SEED)
     return find_real(folder, defect)
@@ -85,7 +85,7 @@ def _loaded(samples: Sequence[Sample], size: int) -> Material:
 
 
 def _made(part: str, defect: str | None, seed: int, count: int, size: int) -> Material:
-    from dualdiff_engine.demo.factory import make
+    from dualdiff_engine.demo.factory.samples import make
     from dualdiff_engine.evaluation.data import reduced, reduced_mask
 
     products = [make(part, defect, seed=seed + n) for n in range(count)]

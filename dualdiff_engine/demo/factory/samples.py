@@ -13,9 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dualdiff_engine.demo.defects import DEFECTS
-from dualdiff_engine.demo.fields import SIZE, Bytes, Floats, reduced
-from dualdiff_engine.demo.parts import PARTS, Scene
+from dualdiff_engine.demo.factory.defects import DEFECTS
+from dualdiff_engine.demo.factory.fields import SIZE, Bytes, Floats, reduced
+from dualdiff_engine.demo.factory.parts import PARTS, Scene
 from dualdiff_engine.errors import OutputError, SettingsError
 from dualdiff_engine.settings import require_seed
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualdiff_engine.demo.fields import SIZE, Bytes
+from dualdiff_engine.demo.factory.fields import SIZE, Bytes
 
 STEPS, CROP_STEPS = 2000, 1600
 CROP, BATCH, WHOLE_BATCH = 64, 16, 4

@@ -10,9 +10,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from dualdiff_engine.demo.factory import make
-from dualdiff_engine.demo.fields import SIZE, Bytes
-from dualdiff_engine.demo.parts import PARTS
+from dualdiff_engine.demo.factory.fields import SIZE, Bytes
+from dualdiff_engine.demo.factory.parts import PARTS
+from dualdiff_engine.demo.factory.samples import make
 
 # what the autoencoder that ships was shown; other defects joined the factory later
 SHOWN = {"washer": ("scratch", "stain"), "fabric": ("hole", "stain"), "tile": ("crack", "chip")}

@@ -12,7 +12,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from dualdiff_engine.demo.fields import (
+from dualdiff_engine.demo.factory.fields import (
     FINE,
     OVERSAMPLING,
     SIZE,
@@ -24,7 +24,7 @@ from dualdiff_engine.demo.fields import (
     step,
     turned,
 )
-from dualdiff_engine.demo.parts import Scene
+from dualdiff_engine.demo.factory.parts import Scene
 
 Generator = np.random.Generator
 # scene -> (color [FINE, FINE, 3] with the defect, share of it in every pixel [FINE, FINE])

@@ -1,4 +1,4 @@
-"""Quality of all demo adapters: `python -m dualdiff_engine.evaluation.demo PAIRS`.
+"""Quality of all demo adapters: `python -m dualdiff_engine.bench.demo_quality PAIRS`.
 
 Draws the pairs that PAIRS/<part>-<defect>/ lacks, measures them, runs the downstream test, and
 writes `downstream.json` and `quality.json`. Interrupted, it goes on where it was.
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         _add_quality(files["quality"], preset, pairs)
         _add_downstream(files["downstream"], preset, pairs, options)
     tasks = _read(files["downstream"])["tasks"]
-    print(report.downstream(tasks), report.headline(tasks), sep="\n\n")  # noqa: T201
+    print(report.downstream(tasks), report.headline(tasks), sep="\n\n")
 
 
 def draw(preset: Preset, folder: Path, count: int) -> None:
@@ -84,7 +84,7 @@ def _keep_object_mask(preset: Preset, folder: Path, start: int, index: int) -> N
     """Before the pair itself, so that no pair in the manifest is without."""
     if not preset.background:
         return
-    from dualdiff_engine.demo.factory import encode_png, make
+    from dualdiff_engine.demo.factory.samples import encode_png, make
 
     (folder / "object_mask").mkdir(exist_ok=True)
     mask = make(preset.part, seed=start).object_mask
@@ -108,7 +108,7 @@ def _add_downstream(file: Path, preset: Preset, pairs: list[Sample], options: Op
     if before.get("source") == source and before.get("options") == options.listed():
         return
     task = factory_task(pairs, preset.part, preset.defect, options.size)
-    result = run(task, options, lambda line: print(f"{preset.name}: {line}"))  # noqa: T201
+    result = run(task, options, lambda line: print(f"{preset.name}: {line}"))
     tasks = _ordered({**tasks, preset.name: {"source": source, **result}})
     arms = report.overall(tasks)
     closed = {metric: report.gap_closed(arms, metric) for metric in METRICS}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine.demo.fields import SIZE
+from dualdiff_engine.demo.factory.fields import SIZE
 
 STEPS, RATE = 3600, 1e-3
 BATCH = 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualdiff_engine.demo.fields import (
+from dualdiff_engine.demo.factory.fields import (
     FINE,
     SIZE,
     Color,
