@@ -72,7 +72,7 @@ def run(folder: Path, *, opset: int = 23, rtx_target: str | None = None) -> dict
     rtx_target: also write the denoiser in float16, and have TensorRT-RTX build it for this compute
     capability.
     """
-    from dualdiff_engine.export.onnx_export import Options, export_onnx
+    from dualdiff_engine.export.graph.write import Options, export_onnx
 
     facts, options, parts = machine.facts(CPU), Options(opset=opset, batches=(1,)), Parts()
     parts("writing the base model")
@@ -125,7 +125,7 @@ def _write_half(engine: Engine, folder: Path, parts: Parts) -> None:
 
     The text encoder too, as the adapter is read for both.
     """
-    from dualdiff_engine.export.onnx_export import Exporter, Options
+    from dualdiff_engine.export.graph.write import Exporter, Options
 
     folder.mkdir()
     exporter = Exporter(engine, folder, Options(precision="float16"), parts)
@@ -135,7 +135,7 @@ def _write_half(engine: Engine, folder: Path, parts: Parts) -> None:
 
 def _build(folder: Path, target: str, parts: Parts) -> dict[str, Any]:
     """What TensorRT-RTX made of the denoiser, or what stopped it."""
-    from dualdiff_engine.export.tensorrt_build import BuildOptions, build
+    from dualdiff_engine.export.trt.build import BuildOptions, build
 
     parts("building")
     options = BuildOptions(flavour="tensorrt-rtx", targets=(target,))

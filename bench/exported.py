@@ -37,7 +37,7 @@ def prepare(case: Case, dtype: str, backend: str, folder: Path) -> dict[str, flo
 
 
 def _prepare(case: Case, dtype: str, backend: str, folder: Path) -> dict[str, float]:
-    from dualdiff_engine.export.onnx_export import Options, export_onnx
+    from dualdiff_engine.export.graph.write import Options, export_onnx
 
     start = time.perf_counter()
     base = random_base.write_base(folder / BASE, case.model, case.seed)
@@ -56,7 +56,7 @@ def _prepare(case: Case, dtype: str, backend: str, folder: Path) -> dict[str, fl
         export_onnx(engine, folder / GRAPHS, options)
     seconds["export"] = time.perf_counter() - start
     if backend == "tensorrt":
-        from dualdiff_engine.export.tensorrt_build import BuildOptions, build
+        from dualdiff_engine.export.trt.build import BuildOptions, build
 
         start = time.perf_counter()
         build(folder / GRAPHS, BuildOptions(batches=(case.batch,)))

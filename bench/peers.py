@@ -267,10 +267,10 @@ class Exported(Engine):
         for package in ("onnx", "onnxscript"):
             if importlib.util.find_spec(package) is None:
                 return f"it exports, which needs {package}: pip install 'dualdiff-engine[onnx]'"
-        from dualdiff_engine.export import backends
+        from dualdiff_engine.export.run import engine as exported_engine
 
         try:
-            backends.check_runtime(cls.backend, device)
+            exported_engine.check_runtime(cls.backend, device)
         except BackendError as error:
             return str(error)
         if cls.backend == "tensorrt" and dtype == torch.float32:

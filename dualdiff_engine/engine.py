@@ -33,7 +33,7 @@ BUNDLE = "bundle.json"
 
 
 def _exported() -> Any:
-    return importlib.import_module("dualdiff_engine.export.backends")
+    return importlib.import_module("dualdiff_engine.export.run.engine")
 
 
 class Engine:

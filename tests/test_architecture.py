@@ -103,7 +103,7 @@ def test_runs_without_optional_packages() -> None:
     assert out.strip() == "1"
 
 
-BESIDE = [path for folder in ("bench", "export") for path in sorted((ROOT / folder).glob("*.py"))]
+BESIDE = [path for folder in ("bench", "export") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", [p for _, p in modules()] + BESIDE)

@@ -149,10 +149,10 @@ def test_a_peer_is_refused_with_the_reason(
 
 
 def test_tensorrt_is_refused_where_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualdiff_engine.export.tensorrt_api.installed", lambda: "tensorrt")
+    monkeypatch.setattr("dualdiff_engine.export.trt.api.installed", lambda: "tensorrt")
     with pytest.raises(BackendError, match="TensorRT runs on NVIDIA GPUs, the engine is on cpu"):
         peers.require("engine-tensorrt", CPU, torch.float16)
-    monkeypatch.setattr("dualdiff_engine.export.backends.check_runtime", lambda *_: None)
+    monkeypatch.setattr("dualdiff_engine.export.run.engine.check_runtime", lambda *_: None)
     with pytest.raises(BackendError, match="no fused attention in float32: use bfloat16 or float1"):
         peers.require("engine-tensorrt", CUDA, torch.float32)
     peers.require("engine-tensorrt", CUDA, torch.float16)

@@ -58,7 +58,7 @@ from dualdiff_engine.errors import (
     DualDiffError,
     SettingsError,
 )
-from dualdiff_engine.export.commands import register
+from dualdiff_engine.export.cli import register
 from dualdiff_engine.settings import Background, Prompts, Sampling
 
 if TYPE_CHECKING:

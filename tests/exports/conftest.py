@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 MAKERS = (
-    "dualdiff_engine/[atw]*.py",
+    "dualdiff_engine/adapters/*.py",
     "dualdiff_engine/model/*.py",
     "dualdiff_engine/ops/*.py",
-    "export/[aefgow]*.py",
-    "export/trace.py",
-    "export/validate.py",
+    "dualdiff_engine/pipeline/text.py",
+    "export/folder/*.py",
+    "export/graph/*.py",
 )
 
 
@@ -63,7 +63,7 @@ def exported(kept: Kept) -> Any:
     """exported(case, **options): the folder that `export_onnx` wrote."""
 
     def get(name: str, **options: Any) -> Path:
-        from dualdiff_engine.export.onnx_export import Options, export_onnx
+        from dualdiff_engine.export.graph.write import Options, export_onnx
 
         def make(folder: Path) -> None:
             export_onnx(golden_engine(name), folder, Options(**options))
@@ -78,7 +78,7 @@ def exported_small(kept: Kept, tmp_path_factory: Any) -> Any:
     """exported_small(channels, background=, **options): as `exported`, of a small network."""
 
     def get(channels: tuple[int, ...], *, background: bool = False, **options: Any) -> Path:
-        from dualdiff_engine.export.onnx_export import Options, export_onnx
+        from dualdiff_engine.export.graph.write import Options, export_onnx
 
         def make(folder: Path) -> None:
             base = tmp_path_factory.mktemp("base") / "base"
@@ -105,8 +105,8 @@ def bundle(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """bundle(case): written from an export that is there, so that nothing is traced twice."""
 
     def get(name: str) -> Path:
-        from dualdiff_engine.export import onnx_export
-        from dualdiff_engine.export.bundle import write_bundle
+        from dualdiff_engine.export.folder.bundle import write_bundle
+        from dualdiff_engine.export.graph import write
 
         out = tmp_path_factory.getbasetemp() / f"bundle-{name}"
         if not out.exists():
@@ -115,7 +115,7 @@ def bundle(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
                 shutil.copytree(exported(name), folder, dirs_exist_ok=True)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(onnx_export, "write_folder", reuse)
+                patch.setattr(write, "write_folder", reuse)
                 write_bundle(
                     DATA / name / "model", [DATA / name / "adapter"], out, allow_pickle=True
                 )

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from dualdiff_engine import Engine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import weight_files
-from dualdiff_engine.export.artefact import read_artefacts
+from dualdiff_engine.export.folder import weight_files
+from dualdiff_engine.export.folder.artefact import read_artefacts
 from support import DATA
 
 

@@ -13,8 +13,8 @@ from test_onnxruntime import PICTURES, other_adapter
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export.bundle import add_adapter
-from dualdiff_engine.export.verify import verify_bundle
+from dualdiff_engine.export.folder.bundle import add_adapter
+from dualdiff_engine.export.folder.verify import verify_bundle
 from support import DATA, Golden
 from test_golden import run_pipeline
 
@@ -136,7 +136,7 @@ def test_damage_is_found(copy: Path) -> None:
 
 def test_another_result_is_found(copy: Path) -> None:
     """Hashes are right, the numbers are not: as with a runtime that computes something else."""
-    from dualdiff_engine.export.bundle import write_manifest
+    from dualdiff_engine.export.folder.bundle import write_manifest
 
     path = copy / "adapters" / "adapter.probe.safetensors"
     probe = load_file(path)

@@ -12,10 +12,19 @@ import pytest
 import torch
 
 from dualdiff_engine import BackendError
-from dualdiff_engine.export import backends, engine_file, tensorrt_api, tensorrt_runner
-from dualdiff_engine.export.bundle import read_manifest, write_manifest
-from dualdiff_engine.export.engine_file import Manifest
-from dualdiff_engine.export.verify import verify_bundle
+from dualdiff_engine.export.folder.bundle import read_manifest, write_manifest
+from dualdiff_engine.export.folder.verify import verify_bundle
+from dualdiff_engine.export.run import engine as exported_engine
+from dualdiff_engine.export.trt import (
+    api as tensorrt_api,
+)
+from dualdiff_engine.export.trt import (
+    engine_file,
+)
+from dualdiff_engine.export.trt import (
+    runner as tensorrt_runner,
+)
+from dualdiff_engine.export.trt.engine_file import Manifest
 
 TARGET = "8.9"
 CUDA = torch.device("cuda")
@@ -162,7 +171,7 @@ def rtx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fastest(plan: Path, trust: bool = False) -> tuple[str, str]:
     artefacts: dict[str, Any] = {"denoiser": None}
-    return backends.fastest(plan.parent, artefacts, CUDA, trust)
+    return exported_engine.fastest(plan.parent, artefacts, CUDA, trust)
 
 
 def test_a_bundle_takes_engines_that_may_run_here(plan: Path, rtx: None) -> None:
@@ -174,7 +183,10 @@ def test_a_bundle_takes_engines_that_may_run_here(plan: Path, rtx: None) -> None
     assert "built with tensorrt-rtx version 1.6, here it is 1.7" in why
     plan.unlink()
     assert "holds no TensorRT engine of denoiser" in fastest(plan)[1]
-    assert backends.fastest(plan.parent, {}, torch.device("cpu"), False) == ("onnxruntime", "")
+    assert exported_engine.fastest(plan.parent, {}, torch.device("cpu"), False) == (
+        "onnxruntime",
+        "",
+    )
 
 
 def test_a_bundle_takes_engines_of_others_when_told_to(

@@ -23,8 +23,9 @@ from tensorrt_stubs import bindings
 from dualdiff_engine.bench import aot
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import exchange_plugin, tensorrt_build
-from dualdiff_engine.export.tensorrt_build import BuildOptions
+from dualdiff_engine.export.trt import build as tensorrt_build
+from dualdiff_engine.export.trt import exchange_plugin
+from dualdiff_engine.export.trt.build import BuildOptions
 from dualdiff_engine.ops.triton import exchange as op
 
 HERE = "8.9"

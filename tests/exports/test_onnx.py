@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import validate, weight_files
-from dualdiff_engine.export.artefact import read_artefacts
-from dualdiff_engine.export.onnx_export import Options, export_onnx
+from dualdiff_engine.export.folder import weight_files
+from dualdiff_engine.export.folder.artefact import read_artefacts
+from dualdiff_engine.export.graph import validate
+from dualdiff_engine.export.graph.write import Options, export_onnx
 from support import Golden, golden_engine
 
 GRAPHS = {
@@ -143,7 +144,7 @@ def test_an_export_that_misses_its_tolerance_is_not_kept(
         (exporter.folder / "denoiser.onnx").touch()
         raise BackendError("missed")
 
-    monkeypatch.setattr("dualdiff_engine.export.onnx_export.Exporter.add_adapter", half_way)
+    monkeypatch.setattr("dualdiff_engine.export.graph.write.Exporter.add_adapter", half_way)
     with pytest.raises(BackendError, match="missed"):
         export_onnx(golden_engine("dual"), tmp_path / "out")
     assert not list(tmp_path.iterdir())

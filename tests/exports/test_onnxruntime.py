@@ -12,7 +12,7 @@ from small import LEAST, small_adapter, small_engine
 
 from dualdiff_engine import Engine
 from dualdiff_engine.errors import AdapterError, BackendError, SettingsError
-from dualdiff_engine.export.onnx_export import Options, export_onnx
+from dualdiff_engine.export.graph.write import Options, export_onnx
 from support import DATA, Golden, by_branch, noised_background, relative
 from test_golden import run_pipeline
 
@@ -167,13 +167,13 @@ def test_another_base_is_refused(exported: Any) -> None:
 
 def test_never_another_device(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA asked, and the runtime lacks it, or has it and cannot start it: an error, both times."""
-    from dualdiff_engine.export import runtime
+    from dualdiff_engine.export.run import onnx_session
 
     device = torch.device("cuda")
     with pytest.raises(BackendError, match=r"cannot run on cuda.*ort-gpu"):
-        runtime.Session(exported("dual") / "denoiser.onnx", device)
+        onnx_session.Session(exported("dual") / "denoiser.onnx", device)
     monkeypatch.setattr(
-        runtime, "provider_of", lambda device: ("CUDAExecutionProvider", {"device_id": 0})
+        onnx_session, "provider_of", lambda device: ("CUDAExecutionProvider", {"device_id": 0})
     )
     with pytest.raises(BackendError, match="could not start its CUDAExecutionProvider"):
-        runtime.Session(exported("dual") / "denoiser.onnx", device)
+        onnx_session.Session(exported("dual") / "denoiser.onnx", device)

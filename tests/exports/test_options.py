@@ -16,7 +16,7 @@ from small import LEAST, NAME, WIDE, small_adapter, small_engine
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import bundle
+from dualdiff_engine.export.folder import bundle
 from support import relative
 
 

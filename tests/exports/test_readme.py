@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from safetensors.torch import save_file
 from small import LEAST, NAME, small_adapter, small_engine
 from test_triton_server import model, served
 
 from dualdiff_engine.cli import main
-from dualdiff_engine.export import onnx_export
+from dualdiff_engine.cli.main import app
+from dualdiff_engine.export.graph import write
 
 __all__ = ["model"]
 
@@ -51,11 +53,11 @@ def workplace(tmp_path: Path, exported_small: Any, monkeypatch: pytest.MonkeyPat
         "bfloat16": exported_small(LEAST, precision="bfloat16"),
     }
 
-    def reuse(engine: Any, folder: Path, options: onnx_export.Options, *_: Any) -> dict[str, Any]:
+    def reuse(engine: Any, folder: Path, options: write.Options, *_: Any) -> dict[str, Any]:
         shutil.copytree(traced[options.precision], folder, dirs_exist_ok=True)
         return {"graphs": {}}
 
-    monkeypatch.setattr(onnx_export, "write_folder", reuse)
+    monkeypatch.setattr(write, "write_folder", reuse)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -137,7 +139,7 @@ def test_it_is_true(workplace: Path, endpoint: Any, capsys: pytest.CaptureFixtur
 
 
 def test_the_tables_name_every_graph_and_option() -> None:
-    from dualdiff_engine.export.artefact import LAYOUTS
+    from dualdiff_engine.export.folder.artefact import LAYOUTS
 
     text = README.read_text("utf-8")
     for graph in LAYOUTS:
@@ -145,8 +147,12 @@ def test_the_tables_name_every_graph_and_option() -> None:
     shown = set(re.findall(r"--[a-z][a-z-]+", text))
     # the server's, and the benchmark's
     known = {"--model-repository", "--tensorrt-rtx"}
-    source = (README.parent / "commands.py").read_text("utf-8")
-    source += (README.parent.parent / "dualdiff_engine" / "cli.py").read_text("utf-8")
-    for option in shown - known:
-        name = option.removeprefix("--").replace("-", "_")
-        assert option in source or f"{name}:" in source, option
+    assert shown - known <= options_of(typer.main.get_command(app))
+
+
+def options_of(command: Any) -> set[str]:
+    """Every option that a command or one of its subcommands takes."""
+    own = {
+        name for parameter in command.params for name in parameter.opts + parameter.secondary_opts
+    }
+    return own.union(*(options_of(sub) for sub in getattr(command, "commands", {}).values()))

@@ -19,10 +19,21 @@ from tensorrt_stubs import bindings
 
 from dualdiff_engine import BackendError, Engine, SettingsError
 from dualdiff_engine.bench.case import RandomWeights, random_adapter
-from dualdiff_engine.export import engine_file, tensorrt_api, tensorrt_build, tensorrt_runner
-from dualdiff_engine.export.artefact import read_artefacts
-from dualdiff_engine.export.denoiser import initializers
-from dualdiff_engine.export.tensorrt_build import BuildOptions
+from dualdiff_engine.export.folder.artefact import read_artefacts
+from dualdiff_engine.export.run.denoiser import initializers
+from dualdiff_engine.export.trt import (
+    api as tensorrt_api,
+)
+from dualdiff_engine.export.trt import (
+    build as tensorrt_build,
+)
+from dualdiff_engine.export.trt import (
+    engine_file,
+)
+from dualdiff_engine.export.trt import (
+    runner as tensorrt_runner,
+)
+from dualdiff_engine.export.trt.build import BuildOptions
 from support import DATA
 
 __all__ = ["bindings"]
@@ -52,7 +63,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """tiny(background): the fp16 export of a small network, made once."""
     from diffusers import UNet2DConditionModel
 
-    from dualdiff_engine.export.onnx_export import Options, export_onnx
+    from dualdiff_engine.export.graph.write import Options, export_onnx
 
     root = tmp_path_factory.mktemp("tiny")
     made: dict[bool, Path] = {}

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from small import NAME, WIDE, small_adapter, small_engine
 
 from dualdiff_engine import BackendError, Engine
-from dualdiff_engine.export import tensorrt_api
-from dualdiff_engine.export.onnx_export import Options, export_onnx
-from dualdiff_engine.export.tensorrt_build import BuildOptions, build
+from dualdiff_engine.export.graph.write import Options, export_onnx
+from dualdiff_engine.export.trt import api as tensorrt_api
+from dualdiff_engine.export.trt.build import BuildOptions, build
 from support import relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,7 +15,7 @@ import pytest
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export.triton_server import MODEL, Serving, config, write_repository
+from dualdiff_engine.export.serve.triton_server import MODEL, Serving, config, write_repository
 from support import Golden
 
 

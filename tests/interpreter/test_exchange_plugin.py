@@ -10,7 +10,7 @@ from test_exchange import arguments, unfolded_interaction
 
 from dualdiff_engine.adapters.fold import fold_interaction
 from dualdiff_engine.adapters.format import Affine
-from dualdiff_engine.export import exchange_plugin
+from dualdiff_engine.export.trt import exchange_plugin
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 from dualdiff_engine.ops.triton import exchange as op
 from tolerance import assert_within_budget

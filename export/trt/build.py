@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import engine_file, exchange, exchange_plugin, tensorrt_api
-from dualdiff_engine.export.artefact import Artefact, read_artefacts
-from dualdiff_engine.export.denoiser import initializers
-from dualdiff_engine.export.engine_file import Manifest
-from dualdiff_engine.export.folded import read_adapters
+from dualdiff_engine.export.folder.artefact import Artefact, read_artefacts
+from dualdiff_engine.export.folder.folded import read_adapters
+from dualdiff_engine.export.graph import exchange_operator
+from dualdiff_engine.export.run.denoiser import initializers
+from dualdiff_engine.export.trt import api as tensorrt_api
+from dualdiff_engine.export.trt import engine_file, exchange_plugin
+from dualdiff_engine.export.trt.engine_file import Manifest
 
 WITH_EXCHANGE = ("denoiser", "denoiser_background")
 GRAPHS = (*WITH_EXCHANGE, "background_encoder")
@@ -245,7 +247,7 @@ class _Builder:
         """How many a plugin is to take."""
         if not self.options.exchange_plugin:
             return 0
-        return len(exchange.nodes_of(self.folder / f"{self.artefact.graph}.onnx"))
+        return len(exchange_operator.nodes_of(self.folder / f"{self.artefact.graph}.onnx"))
 
     def _manifest(self, network: Any, weights: str, plugins: list[str]) -> Manifest:
         a = self.artefact

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export.bundle import check_files, read_manifest
-from dualdiff_engine.export.onnx_export import new_folder
+from dualdiff_engine.export.folder.bundle import check_files, read_manifest
+from dualdiff_engine.export.graph.write import new_folder
 
 # a file of the model's warmup folder: the number one, as INT32
 ONE = "one"

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import engine_file, tensorrt_api
-from dualdiff_engine.export.artefact import Artefact
-from dualdiff_engine.export.denoiser import ExportedDenoiser, initializers
-from dualdiff_engine.export.engine_file import Manifest
+from dualdiff_engine.export.folder.artefact import Artefact
+from dualdiff_engine.export.run.denoiser import ExportedDenoiser, initializers
+from dualdiff_engine.export.trt import api as tensorrt_api
+from dualdiff_engine.export.trt import engine_file
+from dualdiff_engine.export.trt.engine_file import Manifest
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.ops import Ops
 

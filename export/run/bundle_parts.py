@@ -13,9 +13,9 @@ from torch import Tensor
 from dualdiff_engine.adapters.format import LowRank
 from dualdiff_engine.base_model import BaseModel, read_json
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export.artefact import Artefact
-from dualdiff_engine.export.denoiser import initializers
-from dualdiff_engine.export.runtime import Session
+from dualdiff_engine.export.folder.artefact import Artefact
+from dualdiff_engine.export.run.denoiser import initializers
+from dualdiff_engine.export.run.onnx_session import Session
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.pipeline.text import TextEncoder
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import engine_file, probe
-from dualdiff_engine.export.artefact import ADAPTERS, Artefact, read_artefacts
-from dualdiff_engine.export.bundle import check_files, read_manifest
-from dualdiff_engine.export.denoiser import ENCODER, WITH_BACKGROUND, initializers
-from dualdiff_engine.export.folded import PROBE, read_adapter
-from dualdiff_engine.export.runtime import Session
-from dualdiff_engine.export.validate import REPORT, cpu_session, relative
+from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact, read_artefacts
+from dualdiff_engine.export.folder.bundle import check_files, read_manifest
+from dualdiff_engine.export.folder.folded import PROBE, read_adapter
+from dualdiff_engine.export.graph import probe
+from dualdiff_engine.export.graph.validate import REPORT, cpu_session, relative
+from dualdiff_engine.export.run.denoiser import ENCODER, WITH_BACKGROUND, initializers
+from dualdiff_engine.export.run.onnx_session import Session
+from dualdiff_engine.export.trt import engine_file
 
 
 @torch.inference_mode()

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dualdiff_engine.engine import Engine
-from dualdiff_engine.export import weight_files
-from dualdiff_engine.export.artefact import Artefact
-from dualdiff_engine.export.denoiser import ENCODER, WITH_BACKGROUND, Runner
+from dualdiff_engine.export.folder import weight_files
+from dualdiff_engine.export.folder.artefact import Artefact
+from dualdiff_engine.export.run.denoiser import ENCODER, WITH_BACKGROUND, Runner
 
 TIMESTEP = 500.0
 

@@ -12,7 +12,7 @@ import typer
 from dualdiff_engine.errors import BackendError, SettingsError
 
 if TYPE_CHECKING:
-    from dualdiff_engine.export.onnx_export import Options
+    from dualdiff_engine.export.graph.write import Options
 
 export = typer.Typer(help="Artefacts that run without Python: ONNX, TensorRT, bundles.")
 
@@ -68,7 +68,7 @@ def _options(
     precision: str, opset: int, size: str | None, dynamic: bool, most: int, batches: str, own: bool
 ) -> Options:
     _require("onnx", "onnxscript", "onnxruntime")
-    from dualdiff_engine.export.onnx_export import Options
+    from dualdiff_engine.export.graph.write import Options
 
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size or "0")
     if match is None:
@@ -104,7 +104,7 @@ def onnx(
     """Write text encoder, denoiser and VAE as ONNX, validated against the engine's own networks."""
     options = _options(precision, opset, size, dynamic_size, max_batch, batches, exchange_operator)
     from dualdiff_engine.engine import Engine
-    from dualdiff_engine.export.onnx_export import export_onnx
+    from dualdiff_engine.export.graph.write import export_onnx
 
     say = _say(quiet)
     with Engine.from_pretrained(
@@ -140,7 +140,7 @@ def fold_adapter(
 ) -> None:
     """Fold another adapter for an export or bundle: the same tensors, other values."""
     _require("onnx", "onnxruntime")
-    from dualdiff_engine.export.bundle import add_adapter
+    from dualdiff_engine.export.folder.bundle import add_adapter
 
     say = _say(quiet)
     report = add_adapter(base, adapter, to, name=name, allow_pickle=allow_pickle, say=say)
@@ -165,7 +165,7 @@ def bundle(
 ) -> None:
     """Write one folder that `Engine.from_bundle` runs: ONNX, adapters, tokenizer, scheduler."""
     options = _options(precision, opset, size, dynamic_size, max_batch, batches, exchange_operator)
-    from dualdiff_engine.export.bundle import write_bundle
+    from dualdiff_engine.export.folder.bundle import write_bundle
 
     say = _say(quiet)
     manifest = write_bundle(base, adapter, out, options, allow_pickle=allow_pickle, say=say)
@@ -197,7 +197,7 @@ def tensorrt(
 ) -> None:
     """Build TensorRT engines of the denoiser graphs, beside them."""
     _require("onnx")
-    from dualdiff_engine.export.tensorrt_build import BuildOptions, build
+    from dualdiff_engine.export.trt.build import BuildOptions, build
 
     targets = tuple(target or ())
     options = BuildOptions(flavour or "", targets, _numbers(batches), refit, exchange_plugin)
@@ -222,7 +222,7 @@ def triton_server(
     quiet: Quiet = False,
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server around a bundle."""
-    from dualdiff_engine.export.triton_server import Serving, write_repository
+    from dualdiff_engine.export.serve.triton_server import Serving, write_repository
 
     serving = Serving(name, device, instances, max_batch, delay_us, trust)
     write_repository(bundle, out, serving)
@@ -234,7 +234,7 @@ def verify(
 ) -> None:
     """Check a bundle's hashes, and that its graphs still compute what they did when written."""
     _require("onnx", "onnxruntime")
-    from dualdiff_engine.export.verify import verify_bundle
+    from dualdiff_engine.export.folder.verify import verify_bundle
 
     report = verify_bundle(bundle)
     if as_json:

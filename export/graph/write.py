@@ -29,12 +29,21 @@ from torch import Tensor
 from dualdiff_engine import recipe
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.export import exchange, folded, graphs, validate, weight_files
-from dualdiff_engine.export.artefact import ADAPTERS, LAYOUTS, Artefact, read_artefacts
-from dualdiff_engine.export.folded import stored
-from dualdiff_engine.export.graphs import Graph, Size
-from dualdiff_engine.export.trace import Traced, check_opset, trace
-from dualdiff_engine.export.weight_files import Place
+from dualdiff_engine.export.folder import folded, weight_files
+from dualdiff_engine.export.folder.artefact import ADAPTERS, LAYOUTS, Artefact, read_artefacts
+from dualdiff_engine.export.folder.folded import stored
+from dualdiff_engine.export.folder.weight_files import Place
+from dualdiff_engine.export.graph import (
+    exchange_operator as exchange,
+)
+from dualdiff_engine.export.graph import (
+    modules as graphs,
+)
+from dualdiff_engine.export.graph import (
+    validate,
+)
+from dualdiff_engine.export.graph.modules import Graph, Size
+from dualdiff_engine.export.graph.trace import Traced, check_opset, trace
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 NETWORK = "network.safetensors"

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
 
-from dualdiff_engine.export import weight_files
+from dualdiff_engine.export.folder import weight_files
 
 _WIDE, _HALF = TensorProto.FLOAT, TensorProto.BFLOAT16
 

@@ -14,8 +14,8 @@ from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import weight_files
-from dualdiff_engine.export.artefact import ADAPTERS, Artefact
+from dualdiff_engine.export.folder import weight_files
+from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact
 from dualdiff_engine.pipeline.text import TextEncoder
 
 PROBE = ".probe.safetensors"

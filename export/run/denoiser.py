@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import AdapterError, BackendError
-from dualdiff_engine.export.artefact import Artefact
-from dualdiff_engine.export.folded import in_precision, stored
-from dualdiff_engine.export.runtime import Session
+from dualdiff_engine.export.folder.artefact import Artefact
+from dualdiff_engine.export.folder.folded import in_precision, stored
+from dualdiff_engine.export.run.onnx_session import Session
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import weight_files
+from dualdiff_engine.export.folder import weight_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import probe
-from dualdiff_engine.export.artefact import ADAPTERS, Artefact
-from dualdiff_engine.export.denoiser import initializers
-from dualdiff_engine.export.folded import PROBE, read_adapter
-from dualdiff_engine.export.graphs import TEXT_TOKENS
-from dualdiff_engine.export.runtime import Session, onnxruntime
-from dualdiff_engine.export.widen import widened
+from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact
+from dualdiff_engine.export.folder.folded import PROBE, read_adapter
+from dualdiff_engine.export.graph import probe
+from dualdiff_engine.export.graph.modules import TEXT_TOKENS
+from dualdiff_engine.export.graph.widen import widened
+from dualdiff_engine.export.run.denoiser import initializers
+from dualdiff_engine.export.run.onnx_session import Session, onnxruntime
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import bind
 

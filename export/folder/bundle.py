@@ -11,11 +11,14 @@ from typing import Any
 import dualdiff_engine
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import artefact, engine_file, exchange, onnx_export
-from dualdiff_engine.export.artefact import ADAPTERS, read_artefacts
-from dualdiff_engine.export.folded import read_adapters
-from dualdiff_engine.export.onnx_export import Exporter, Options
-from dualdiff_engine.export.validate import REPORT, sha256
+from dualdiff_engine.export.folder import artefact
+from dualdiff_engine.export.folder.artefact import ADAPTERS, read_artefacts
+from dualdiff_engine.export.folder.folded import read_adapters
+from dualdiff_engine.export.graph import exchange_operator as exchange
+from dualdiff_engine.export.graph import write
+from dualdiff_engine.export.graph.validate import REPORT, sha256
+from dualdiff_engine.export.graph.write import Exporter, Options
+from dualdiff_engine.export.trt import engine_file
 
 MANIFEST = artefact.MANIFEST
 FORMAT = 1
@@ -39,7 +42,7 @@ def write_bundle(
     """
     if not adapters:
         raise SettingsError("a bundle needs at least one adapter")
-    with onnx_export.new_folder(Path(out)) as folder:
+    with write.new_folder(Path(out)) as folder:
         with Engine.from_pretrained(
             base, adapter=adapters[0], dtype="float32", device="cpu", allow_pickle=allow_pickle
         ) as engine:
@@ -48,7 +51,7 @@ def write_bundle(
             for adapter in adapters[1:]:
                 engine.load_adapter(adapter, allow_pickle=allow_pickle)
             engine.set_adapter(first)
-            onnx_export.write_folder(engine, folder, options or Options(), say)
+            write.write_folder(engine, folder, options or Options(), say)
             _copy_configs(engine.base.folder, folder)
         return write_manifest(folder, first)
 

@@ -23,8 +23,8 @@ from onnxscript.rewriter.rules import common as rules
 from torch.export import Dim
 
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.export.artefact import OPSETS
-from dualdiff_engine.export.graphs import Graph
+from dualdiff_engine.export.folder.artefact import OPSETS
+from dualdiff_engine.export.graph.modules import Graph
 
 _RULES = (
     rules.collapse_slice_rule,

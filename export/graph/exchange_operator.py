@@ -16,7 +16,7 @@ import torch
 from onnx import AttributeProto
 from torch import Tensor
 
-from dualdiff_engine.export import weight_files
+from dualdiff_engine.export.folder import weight_files
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 
 DOMAIN, NAME, VERSION = "com.dualdiff", "Exchange", 1

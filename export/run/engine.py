@@ -13,15 +13,16 @@ from dualdiff_engine import adapters, request
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export import engine_file, tensorrt_api
-from dualdiff_engine.export.artefact import MANIFEST, Artefact, read_artefacts
-from dualdiff_engine.export.bundle import check_files, read_manifest
-from dualdiff_engine.export.denoiser import ExportedDenoiser, OnnxDenoiser
-from dualdiff_engine.export.folded import read_adapters
-from dualdiff_engine.export.parts import BundledBase, BundledText, BundledVae
-from dualdiff_engine.export.runtime import onnxruntime, provider_of
-from dualdiff_engine.export.tensorrt_build import GRAPHS
-from dualdiff_engine.export.tensorrt_runner import TensorrtDenoiser, engine_for
+from dualdiff_engine.export.folder.artefact import MANIFEST, Artefact, read_artefacts
+from dualdiff_engine.export.folder.bundle import check_files, read_manifest
+from dualdiff_engine.export.folder.folded import read_adapters
+from dualdiff_engine.export.run.bundle_parts import BundledBase, BundledText, BundledVae
+from dualdiff_engine.export.run.denoiser import ExportedDenoiser, OnnxDenoiser
+from dualdiff_engine.export.run.onnx_session import onnxruntime, provider_of
+from dualdiff_engine.export.trt import api as tensorrt_api
+from dualdiff_engine.export.trt import engine_file
+from dualdiff_engine.export.trt.build import GRAPHS
+from dualdiff_engine.export.trt.runner import TensorrtDenoiser, engine_for
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.ops import Choice, Ops, bind
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export import tensorrt_api
-from dualdiff_engine.export.exchange import NAME, PLUGIN, nodes_of
+from dualdiff_engine.export.graph.exchange_operator import NAME, PLUGIN, nodes_of
+from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 from dualdiff_engine.ops.triton.tuning import Config
 

@@ -1,0 +1,1 @@
+"""Traced networks: what is exported, written, and validated against the engine."""

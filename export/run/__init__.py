@@ -1,0 +1,1 @@
+"""Exported networks as an engine runs them."""
