@@ -24,16 +24,16 @@ native: .venv-test/ready
 
 # Triton kernels on a CPU: interpreted, and compiled ahead of time. Each in a process of its own.
 interpreter: .venv-test/ready
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops/interpreter
 
 aot: .venv-test/ready
-	$(PYTEST) --dist worksteal -rP tests/aot
+	$(PYTEST) --dist worksteal -rP tests/ops/aot
 
 # ONNX exports of the golden models, through ONNX Runtime on the CPU; the C++ example where its headers
 # can be had
 exports: .venv-test/ready
-	-test -e $(TEST)/../include/onnxruntime || tests/exports/headers.sh $(TEST)/../include/onnxruntime
-	$(PYTEST) tests/exports
+	-test -e $(TEST)/../include/onnxruntime || tests/export/headers.sh $(TEST)/../include/onnxruntime
+	$(PYTEST) tests/export
 
 lint: .venv-test/ready
 	$(TEST)/ruff check .

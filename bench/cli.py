@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from dualdiff_engine.errors import DualDiffError, SettingsError
 
 if TYPE_CHECKING:
-    from dualdiff_engine.bench.case import Case
-    from dualdiff_engine.bench.workers import Entry
+    from dualdiff_engine.bench.step.case import Case
+    from dualdiff_engine.bench.step.workers import Entry
 
 PEER_NAMES = (
     "released", "diffusers", "eager", "compiled", "xformers", "engine", "engine-fresh",
@@ -63,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         if words[:1] == ["ops"]:
-            from dualdiff_engine.bench import op_bench
+            from dualdiff_engine.bench.op import bench as op_bench
 
             op_bench.main(words[1:])
         elif words[:1] == ["roofline"]:
-            from dualdiff_engine.bench import roofline
+            from dualdiff_engine.bench.op import roofline
 
             roofline.main(words[1:])
         else:
@@ -92,7 +92,7 @@ def _names(given: str, known: Sequence[str], what: str) -> list[str]:
 
 def _case(options: argparse.Namespace, on_gpu: bool) -> Case:
     """The case that the options describe. Raises SettingsError."""
-    from dualdiff_engine.bench.case import MODELS, SCALE, Case
+    from dualdiff_engine.bench.step.case import MODELS, SCALE, Case
 
     model = options.model or ("sd15" if on_gpu else "demo")
     scale = SCALE[model]
@@ -120,7 +120,7 @@ def _case(options: argparse.Namespace, on_gpu: bool) -> Case:
 
 def _entries(options: argparse.Namespace, on_gpu: bool) -> list[Entry]:
     """The rows of the table: each peer in each dtype. Raises SettingsError."""
-    from dualdiff_engine.bench.workers import Entry
+    from dualdiff_engine.bench.step.workers import Entry
 
     dtypes = _names(options.dtype or ("bfloat16" if on_gpu else "float32"), DTYPES, "dtype")
     if not on_gpu and "float16" in dtypes:
@@ -143,8 +143,8 @@ def _run(options: argparse.Namespace) -> None:
     import torch
 
     from dualdiff_engine import request
-    from dualdiff_engine.bench import measure, peers, report
-    from dualdiff_engine.bench.case import WHY
+    from dualdiff_engine.bench.step import measure, peers, report
+    from dualdiff_engine.bench.step.case import WHY
 
     device = request.device_of(options.device)
     on_gpu = device.type == "cuda"

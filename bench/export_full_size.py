@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from dualdiff_engine import memory
-from dualdiff_engine.bench import machine, random_base
-from dualdiff_engine.bench.case import RandomWeights, random_adapter
-from dualdiff_engine.bench.workers import peak_bytes, reset_peak
+from dualdiff_engine.bench import machine
+from dualdiff_engine.bench.step import random_base
+from dualdiff_engine.bench.step.case import RandomWeights, random_adapter
+from dualdiff_engine.bench.step.workers import peak_bytes, reset_peak
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import DualDiffError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine import markdown
-from dualdiff_engine.bench import report
+from dualdiff_engine.bench.step import report
 from dualdiff_engine.evaluation import report as evaluation
 
 ROOT = Path(__file__).resolve().parent.parent

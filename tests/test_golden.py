@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine import Engine
-from dualdiff_engine.bench.released import ReleasedUNet
+from dualdiff_engine.bench.step.released import ReleasedUNet
 from dualdiff_engine.ops import native
 from support import Golden, by_branch, denoiser_call, golden_engine, relative
 
@@ -95,7 +95,7 @@ def unfolded_noise(golden: Golden, dtype: torch.dtype) -> Tensor:
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     from dualdiff_engine import adapters
-    from dualdiff_engine.bench.case import adapter_on
+    from dualdiff_engine.bench.step.case import adapter_on
 
     unet: Any = UNet2DConditionModel.from_pretrained(
         golden.folder / "model" / "unet", torch_dtype=dtype, low_cpu_mem_usage=False

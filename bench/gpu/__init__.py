@@ -1,0 +1,1 @@
+"""What a GPU is asked, and what its kernels show without one."""

@@ -1,0 +1,142 @@
+"""What a kernel compiles to without a GPU: registers, spills, shared memory, tensor cores.
+
+Every op module lists its compilations for the SD-1.5 shapes in `compilations()`; the gate compares
+what they use with a committed budget. `python -m dualdiff_engine.bench.aot` prints the table and
+fails on a change for the worse; `--update` writes the budget anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dualdiff_engine.ops.triton import OPS
+from dualdiff_engine.ops.triton.tuning import Compilation
+
+ARCHITECTURES = (80, 89, 90, 100)
+# most shared memory of one block, CUDA programming guide, table of compute capabilities
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+BUDGET = Path(__file__).resolve().parents[2] / "tests" / "ops" / "aot" / "budget.json"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compilation takes of a multiprocessor; bytes for spills and shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_cores: bool
+
+
+def compile_for(compilation: Compilation, architecture: int) -> Usage:
+    """Compile for an architecture (80: sm_80) and read what it uses."""
+    signature, constants = dict(compilation.signature), dict(compilation.constants)
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    source = ASTSource(
+        compilation.kernel,
+        signature,
+        constants,
+        # torch allocates on 256 bytes; rows are multiples of 16 bytes at SD shapes
+        {(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    config = compilation.config
+    built = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    registers, spills = _ptxas(built.asm["ptx"], architecture)
+    tensor_cores = bool(_TENSOR_CORE.search(built.asm["ptx"]))
+    return Usage(registers, spills, built.metadata.shared, tensor_cores)
+
+
+def _ptxas(ptx: str, architecture: int) -> tuple[int, int]:
+    """(registers per thread, bytes spilled) as the assembler reports them."""
+    target = re.search(r"\.target\s+(\w+)", ptx)
+    assert target is not None
+    tool = _TOOLS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        run = subprocess.run(
+            [tool, "-v", f"--gpu-name={target[1]}", path, "-o", path.with_suffix(".cubin")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    report = run.stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    return max(registers), sum(spills)
+
+
+def measure(ops: Iterable[str] = tuple(OPS)) -> dict[str, dict[str, Any]]:
+    """ "op name sm_90" -> usage, for every compilation of the ops on every architecture."""
+    found = {}
+    for module in dict.fromkeys(OPS[op] for op in ops):
+        listed = importlib.import_module(f"dualdiff_engine.ops.triton.{module}").compilations()
+        for compilation in listed:
+            for architecture in ARCHITECTURES:
+                usage = compile_for(compilation, architecture)
+                if usage.shared > SHARED_LIMIT[architecture]:
+                    raise AssertionError(f"{compilation.name}: {usage.shared} B shared memory")
+                if compilation.tensor_cores and not usage.tensor_cores:
+                    raise AssertionError(f"{compilation.name}: no tensor cores on {architecture}")
+                found[f"{compilation.name} sm_{architecture}"] = asdict(usage)
+    return found
+
+
+def worse(found: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:
+    """What is missing from the budget, or uses more than it allows."""
+    complaints = [f"{name}: not in the budget" for name in found if name not in budget]
+    complaints += [f"{name}: in the budget, gone" for name in budget if name not in found]
+    for name in found.keys() & budget.keys():
+        for part in ("registers", "spills", "shared"):
+            if found[name][part] > budget[name][part]:
+                complaints.append(f"{name}: {part} {found[name][part]} > {budget[name][part]}")
+    return sorted(complaints)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    lines = [f"{'kernel':64} {'regs':>5} {'spills':>7} {'shared':>8}  tensor cores"]
+    for name, usage in found.items():
+        cores = "yes" if usage["tensor_cores"] else "-"
+        lines.append(
+            f"{name:64} {usage['registers']:5} {usage['spills']:7} {usage['shared']:8}  {cores}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", action="store_true", help="write the budget anew")
+    parser.add_argument("--ops", nargs="*", default=list(OPS), help="only these ops")
+    options = parser.parse_args()
+    found = measure(options.ops)
+    print(table(found))
+    if options.update:
+        BUDGET.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        return
+    budget = json.loads(BUDGET.read_text("utf-8"))
+    if complaints := worse(found, budget):
+        sys.exit("\n".join(complaints))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The calls that one denoiser step makes: inputs for them, plain formulas, and counted work."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dualdiff_engine.adapters.fold import fold_interaction
+from dualdiff_engine.adapters.format import Affine
+from dualdiff_engine.bench.step.case import MODELS, TEXT_TOKENS, network_config
+from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.ops import NAMES, Ops, reference
+
+META = torch.device("meta")
+GUIDANCE = 2.5
+# scores of plain attention that are held at once
+SCORE_BYTES = 1 << 30
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A call of an op as the network makes it: shapes of tensors, other arguments as they are."""
+
+    op: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def label(self) -> str:
+        """Of every tensor argument the shape, as in "2x512x960 2x960x320 8"."""
+        given = [x for x in self.arguments if x is not None]
+        return " ".join("x".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in given)
+
+
+def trace(
+    model: str,
+    pairs: int,
+    size: int | None = None,
+    background: bool = False,
+    watch: AbstractContextManager[object] | None = None,
+) -> Counter[Spec]:
+    """How often a guided step of a batch of pairs makes each call.
+
+    size: of the latents. watch: entered around the step.
+    """
+    calls: Counter[Spec] = Counter()
+
+    def recorder(op: str) -> Callable[..., Tensor]:
+        def record(*arguments: Any) -> Tensor:
+            shapes = (tuple(x.shape) if isinstance(x, Tensor) else x for x in arguments)
+            calls[Spec(op, tuple(shapes))] += 1
+            return getattr(reference, op)(*arguments)
+
+        return record
+
+    ops = Ops(**{op: recorder(op) for op in NAMES}, table=())
+    size = size or MODELS[model]["sample_size"]
+    with torch.inference_mode(), META:
+        unet = DualUNet(network_config(model), ops, background=background)
+        bias = unet.time_bias(torch.zeros(1))[0]
+        text = unet.text_projections(torch.zeros(2, 2, TEXT_TOKENS, unet.config.context_width))
+        shares = None
+        if background:
+            shares = unet.background_shares(torch.zeros(2, 4, size, size), bias, text)
+        # those were made once, for all steps or all pairs
+        calls.clear()
+        with watch or nullcontext():
+            noise = unet(torch.zeros(2, 1, pairs, 4, size, size), bias, text, shares)
+            ops.guided_step(noise, GUIDANCE)
+    return calls
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call cannot do without.
+
+    flops: of matrix products. moved: bytes, every input read once and the result written once.
+    exps: exponentials, with sigmoids and error functions as one each.
+    """
+
+    flops: int
+    moved: int
+    exps: int
+
+
+def work(spec: Spec, dtype: torch.dtype) -> Work:
+    """Counted on shapes alone."""
+    arguments = [
+        torch.empty(x, dtype=dtype, device=META) if isinstance(x, tuple) else x
+        for x in spec.arguments
+    ]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        out = getattr(reference, spec.op)(*arguments)
+    tensors = [x for x in (*arguments, out) if isinstance(x, Tensor)]
+    exps = 0
+    if spec.op == "attention":
+        rows, positions, _ = spec.arguments[0]
+        exps = rows * spec.arguments[3] * positions * spec.arguments[1][1]
+    elif spec.op == "exchange":
+        exps = 2 * spec.arguments[0][1]
+    elif spec.op in ("geglu", "group_norm_silu"):
+        exps = out.numel()
+    return Work(int(counter.get_total_flops()), sum(x.nbytes for x in tensors), exps)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call with random inputs.
+
+    plain: the formula in PyTorch, neither fused nor folded, on the same arguments in any dtype.
+    libraries: what PyTorch offers for it. axes: by argument, the axis of its independent rows, and
+    out_axis that of the result; rows: those on which the error is measured.
+    """
+
+    spec: Spec
+    arguments: tuple[Any, ...]
+    plain: Callable[..., Tensor]
+    libraries: Mapping[str, Callable[..., Tensor]]
+    axes: Mapping[int, int]
+    out_axis: int
+    rows: Tensor
+
+    def sample(self, dtype: torch.dtype) -> list[Any]:
+        """The arguments with only the sampled rows, in the layout that they have."""
+
+        def cast(x: Tensor) -> Tensor:
+            # a selection of channels-last maps is no longer that
+            layout = torch.channels_last if x.dim() == 4 else torch.preserve_format
+            return x.to(dtype, memory_format=layout)
+
+        return [
+            cast(x.index_select(self.axes[i], self.rows) if i in self.axes else x)
+            if isinstance(x, Tensor)
+            else x
+            for i, x in enumerate(self.arguments)
+        ]
+
+    def sampled(self, out: Tensor) -> Tensor:
+        return out.index_select(self.out_axis, self.rows)
+
+    @property
+    def terms(self) -> int:
+        """Of the longest sum in a matrix product, 0 where there is none."""
+        if self.spec.op in ("group_norm_silu", "guided_step"):
+            return 0
+        channels = self.arguments[0].shape[-1]
+        return int(max(channels, self.arguments[1].shape[1] if self.spec.op == "attention" else 0))
+
+
+def problem(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Problem:
+    """Draw the inputs of a call; activations and results are of order one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    names = inspect.signature(getattr(reference, spec.op)).parameters
+
+    def draw(shape: tuple[int, ...], name: str) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, device=device)
+        if "weight" in name:
+            drawn = 1 + 0.1 * drawn if len(shape) == 1 else drawn / math.sqrt(shape[-1])
+        return (0.3 * drawn if "bias" in name or name == "keep" else drawn).to(dtype)
+
+    arguments = tuple(
+        draw(x, name) if isinstance(x, tuple) else x
+        for x, name in zip(spec.arguments, names, strict=False)
+    )
+    return _COMPLETE[spec.op](spec, arguments, draw)
+
+
+def _ends(count: int, device: torch.device, most: int = 2) -> Tensor:
+    """The first and the last of `count` rows, `most` of them."""
+    first = torch.arange(min(most // 2, count), device=device)
+    return torch.unique(torch.cat([first, count - 1 - first]))
+
+
+def _linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    def plain(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        out = F.linear(input, weight, bias)
+        return out if residual is None else out + residual
+
+    axes = {0: 0, 3: 0} if len(arguments) == 4 else {0: 0}
+    rows = _ends(arguments[0].shape[0], arguments[0].device)
+    # with the sum in place, which is all that PyTorch offers
+    library = {"F.linear": reference.linear}
+    return Problem(spec, arguments, plain, library, axes, 0, rows)
+
+
+def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    def plain(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        share: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        outs = [F.linear(x, w, bias) for x, w in zip(input, weight, strict=True)]
+        if share is not None and keep is not None:
+            width = outs[0].shape[-1] - share.shape[-1]
+            rows = outs[0].view(share.shape[0], -1, share.shape[1], outs[0].shape[-1])
+            joined = keep * rows[..., width:] + share[:, None]
+            outs[0] = torch.cat([rows[..., :width], joined], dim=-1).view_as(outs[0])
+        return torch.stack(outs)
+
+    def bmm(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = torch.bmm(input, weight.transpose(1, 2))
+        return out if bias is None else out.add_(bias)
+
+    count, device = arguments[0].shape[1], arguments[0].device
+    rows = _ends(count, device, 256)
+    if len(arguments) == 5:
+        # a share belongs to all positions of a pair: whole pairs, of every guidance row
+        groups, positions, _ = arguments[3].shape
+        pairs = torch.arange(count, device=device).view(groups, -1, positions)
+        rows = pairs[:, _ends(pairs.shape[1], device)].flatten()
+    library = {"bmm": bmm} if len(arguments) < 4 else {}
+    return Problem(spec, arguments, plain, library, {0: 1}, 1, rows)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Scores, softmax and weighted sum one after the other, some rows at a time."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (
+            x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+        )
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2).flatten(2)
+
+    scores = num_heads * query.shape[1] * key.shape[1] * query.element_size()
+    at_once = max(1, SCORE_BYTES // scores)
+    parts = [x.split(at_once) for x in (query, key, value)]
+    return torch.cat([attend(*part) for part in zip(*parts, strict=True)])
+
+
+def _attention(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    query, key, value, num_heads = arguments
+    # keys and values are views into a packed projection, of self-attention queries too
+    if query.shape == key.shape:
+        query, key, value = torch.cat([query, key, value], dim=-1).chunk(3, dim=-1)
+    else:
+        key, value = torch.cat([key, value], dim=-1).chunk(2, dim=-1)
+    libraries = {"sdpa": reference.attention}
+    if query.is_cuda:
+        libraries = {name: functools.partial(_sdpa, backend) for name, backend in SDPA.items()}
+    rows = _ends(query.shape[0], query.device)
+    arguments = (query, key, value, num_heads)
+    return Problem(spec, arguments, plain_attention, libraries, {0: 0, 1: 0, 2: 0}, 0, rows)
+
+
+def _sdpa(backend: SDPBackend, *arguments: Any) -> Tensor:
+    with sdpa_kernel(backend):
+        return reference.attention(*arguments)
+
+
+def _exchange(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    outputs, residual = arguments[0], arguments[5]
+    channels = outputs.shape[-1]
+    parts = {}
+    for name in ("norm", "input", "query", "key", "value", "output"):
+        shape = (channels,) if name == "norm" else (channels, channels)
+        parts[name] = Affine(draw(shape, f"{name}_weight"), draw((channels,), f"{name}_bias"))
+
+    def plain(input: Tensor, *rest: Any) -> Tensor:
+        """The ten products of the unfolded interaction."""
+        part = {n: Affine(a.weight.to(input), a.bias.to(input)) for n, a in parts.items()}
+        norm = part["norm"]
+        normed = F.layer_norm(input, (channels,), norm.weight, norm.bias, reference.INTERACTION_EPS)
+        entry = F.linear(normed, *_pair(part["input"]))
+        query, key, value = (F.linear(entry, *_pair(part[n])) for n in ("query", "key", "value"))
+        scores = torch.einsum("fmc,gmc->mfg", query, key) / math.sqrt(channels)
+        mixed = torch.einsum("mfg,gmc->fmc", torch.softmax(scores, dim=-1), value)
+        return rest[-1] + input + F.linear(mixed, *_pair(part["output"]))
+
+    folded = fold_interaction(parts, torch.empty(0, dtype=torch.float64, device=outputs.device))
+    names = ("gate_weight", "gate_bias", "value_weight", "value_bias")
+    arguments = (outputs, *(folded[name].to(outputs.dtype) for name in names), residual)
+    rows = _ends(outputs.shape[1], outputs.device, 256)
+    return Problem(spec, arguments, plain, {}, {0: 1, 5: 1}, 1, rows)
+
+
+def _pair(affine: Affine) -> tuple[Tensor, Tensor]:
+    return affine.weight, affine.bias
+
+
+def _group_norm_silu(
+    spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]
+) -> Problem:
+    def plain(input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.silu(F.group_norm(input, num_groups, weight, bias, eps))
+
+    maps = arguments[0].contiguous(memory_format=torch.channels_last)
+    rows = _ends(maps.shape[0], maps.device)
+    return Problem(spec, (maps, *arguments[1:]), plain, {}, {0: 0}, 0, rows)
+
+
+def _geglu(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    def plain(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        value, gate = F.linear(input, weight, bias).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    rows = _ends(arguments[0].shape[0], arguments[0].device)
+    return Problem(spec, arguments, plain, {}, {0: 0}, 0, rows)
+
+
+def _guided_step(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    def plain(noise: Tensor, guidance: float) -> Tensor:
+        wide = torch.promote_types(noise.dtype, torch.float32)
+        uncond, cond = noise.to(wide).unbind(1)
+        return uncond + guidance * (cond - uncond)
+
+    rows = _ends(arguments[0].shape[2], arguments[0].device)
+    # the row axis of the result has moved up
+    return Problem(spec, arguments, plain, {}, {0: 2}, 1, rows)
+
+
+_COMPLETE: dict[str, Callable[[Spec, tuple[Any, ...], Callable[..., Tensor]], Problem]] = {
+    "linear": _linear,
+    "branch_linear": _branch_linear,
+    "attention": _attention,
+    "exchange": _exchange,
+    "group_norm_silu": _group_norm_silu,
+    "geglu": _geglu,
+    "guided_step": _guided_step,
+}

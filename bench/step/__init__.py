@@ -1,0 +1,1 @@
+"""A denoiser step of the engine beside its peers."""

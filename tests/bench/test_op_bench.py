@@ -1,0 +1,160 @@
+"""The per-op bench and the roofline: what is counted, when a speed is withheld, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dualdiff_engine import ops
+from dualdiff_engine.bench import cli, clock
+from dualdiff_engine.bench.gpu import autotune
+from dualdiff_engine.bench.op import bench as op_bench
+from dualdiff_engine.bench.op import roofline
+from dualdiff_engine.bench.op.cases import Spec, problem, trace, work
+from dualdiff_engine.bench.step import measure
+from dualdiff_engine.bench.step.case import Case
+from dualdiff_engine.ops.triton.tuning import Config
+
+CPU = torch.device("cpu")
+SPECS = {
+    "linear": Spec("linear", ((3, 5, 16), (8, 16), (8,), (3, 5, 8))),
+    "branch_linear": Spec("branch_linear", ((2, 12, 16), (2, 24, 16), None, (2, 3, 16), (1,))),
+    "attention": Spec("attention", ((3, 9, 32), (3, 7, 32), (3, 7, 32), 2)),
+    "exchange": Spec("exchange", ((2, 9, 16), (16, 16), (16,), (16, 16), (16,), (2, 9, 16))),
+    "group_norm_silu": Spec("group_norm_silu", ((3, 16, 5, 7), 4, (16,), (16,), 1e-5)),
+    "geglu": Spec("geglu", ((3, 9, 16), (32, 16), (32,))),
+    "guided_step": Spec("guided_step", ((2, 2, 3, 4, 5, 7), 2.5)),
+}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_counted_work_is_that_of_the_network(background: bool) -> None:
+    rates = roofline.Rates(1.0, 1.0, 1.0)
+    rows = roofline.step("small", 2, background=background, dtype=torch.float32, rates=rates)
+    case = Case("small", 2, 50, 24, 24, 2.5, background, 0)
+    assert sum(row["flops"] for row in rows) == measure.count_flops(case, "engine")
+    assert {row["op"] for row in rows} == {*ops.NAMES, "convolution"}
+
+
+def test_the_largest_of_three_bounds_counts() -> None:
+    counted = work(SPECS["attention"], torch.float32)
+    # 3 rows, 2 heads, 9 queries, 7 keys of width 16
+    assert (counted.flops, counted.exps) == (4 * 3 * 2 * 9 * 7 * 16, 3 * 2 * 9 * 7)
+    assert counted.moved == 4 * 32 * 3 * (9 + 7 + 7 + 9)
+    for rates, bound in (((1, 1e9, 1e9), "products"), ((1e9, 1, 1e9), "bytes")):
+        assert roofline.Rates(*rates).floor(counted)[1] == bound
+    assert roofline.Rates(1e9, 1e9, 1).floor(counted) == (counted.exps, "exponentials")
+
+
+@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_backend_is_green_beside_the_plain_formula(op: str, dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        rows = op_bench.rows_of(SPECS[op], 3, CPU, dtype, None)
+    served = [b for b in ops.BACKENDS if ops.backend_module(b).supported(op, CPU, dtype)[0]]
+    assert {row["by"] for row in rows} >= {op_bench.PLAIN, *served}
+    assert all(row["status"] == "ok" and row["error"] <= row["budget"] for row in rows)
+    assert not any("ms" in row for row in rows)
+
+
+def test_a_wrong_result_has_no_speed() -> None:
+    case = problem(SPECS["geglu"], CPU, torch.float32)
+    wrong: dict[str, op_bench.Run] = {
+        "inexact": lambda: case.plain(*case.arguments) * (1 + 1e-5),
+        "unwritten": lambda: case.arguments[0].new_empty(3, 9, 16),
+        "wide": lambda: case.plain(*case.arguments).double(),
+        "absent": lambda: torch.ops.no.such_op(),
+    }
+    checked = op_bench.check(case, wrong)
+    assert [checked[name]["status"] for name in wrong][:3] == [op_bench.RED] * 3
+    assert checked["absent"]["status"].startswith("does not run: ")
+
+
+def test_a_red_row_is_shown_without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.reference, "guided_step", lambda noise, s: noise[:, 0].float())
+    ceilings = clock.Ceilings(1e9, 1e9)
+    with torch.inference_mode():
+        rows = op_bench.rows_of(SPECS["guided_step"], 1, CPU, torch.float32, ceilings, rounds=3)
+    by = {row["by"]: row for row in rows}
+    assert "ms" in by["eager"]
+    assert "ms" not in by["reference"]
+    assert op_bench.RED in op_bench.table(rows)
+
+
+def test_ops_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ops.json"
+    words = ["ops", "--ops", "guided_step", "--rounds", "3", "--no-compile", "--device", "cpu"]
+    cli.main([*words, "--output-json", str(path)])
+    out = capsys.readouterr().out
+    assert "guided_step" in out
+    record = json.loads(path.read_text())
+    assert record["case"] == {"model": "demo", "batch": 1, "size": 128, "background": False}
+    assert record["ceilings"]["bytes_per_s"] > 1e8
+    (eager,) = (row for row in record["rows"] if row["by"] == "eager")
+    assert eager["calls_per_step"] == 1
+    assert eager["speedup_over_eager"] == 1
+    assert 0 < eager["ms"]["p20"] <= eager["ms"]["p80"]
+
+
+def test_roofline_command(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["roofline", "--model", "small", "--batch", "2", "--products", "100"])
+    out = capsys.readouterr().out
+    assert "nothing is measured" in out
+    assert "100 TFLOP/s" in out
+    assert len([line for line in out.splitlines() if line.startswith(("convolution", "step"))]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ops", "--ops", "softmax"], "no op 'softmax'"),
+        (["ops", "--batch", "0"], "--batch and --rounds must be at least 1"),
+        (["ops", "--output-json", "no/such/r.json"], "no folder 'no/such'"),
+        (["roofline", "--copy", "0"], "every rate above 0"),
+    ],
+)
+def test_wrong_arguments(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interleaved_rounds_are_as_many_for_each() -> None:
+    called: list[str] = []
+    work: dict[str, Any] = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = clock.interleaved(work, CPU, rounds=4, warm_up=1)
+    assert called == ["a", "b"] * 5
+    assert [len(s) for s in seconds.values()] == [4, 4]
+
+
+def test_autotuning_keeps_the_default_unless_it_is_beaten() -> None:
+    configs = [Config({"BLOCK": size}) for size in (1, 2, 3)]
+
+    def winner(*facts: tuple[str, float]) -> Any:
+        tried = [
+            {"config": {"blocks": c.blocks}, "status": status}
+            for c, (status, _) in zip(configs, facts, strict=True)
+        ]
+        return autotune._winner(tried, [seconds for _, seconds in facts])
+
+    assert winner(("ok", 1.0), ("ok", 0.99), ("ok", 2.0))["winner"] == {"blocks": {"BLOCK": 1}}
+    assert winner(("ok", 1.0), ("ok", 0.5), ("red", 0.1)) == {
+        "winner": {"blocks": {"BLOCK": 2}},
+        "speedup_over_default": 2.0,
+    }
+    assert winner(("red", 0.0), ("ok", 0.5), ("ok", 0.6))["winner"] == {"blocks": {"BLOCK": 2}}
+    assert winner(*[("red", 0.0)] * 3)["winner"] is None
+
+
+def test_traced_calls_have_the_shapes_of_the_batch() -> None:
+    one, two = trace("small", 1), trace("small", 2)
+    assert sum(one.values()) == sum(two.values())
+    (guided,) = (spec for spec in two if spec.op == "guided_step")
+    assert guided.arguments[0] == (2, 2, 2, 4, 24, 24)

@@ -1,0 +1,181 @@
+"""Bundles: written, run without the base model, verified, and refused when damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from test_golden import run_pipeline
+from test_onnxruntime import PICTURES, other_adapter
+
+from dualdiff_engine import Engine
+from dualdiff_engine.cli import main
+from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.export.folder.bundle import add_adapter
+from dualdiff_engine.export.folder.verify import verify_bundle
+from support import DATA, Golden
+
+
+@pytest.fixture
+def copy(bundle: Any, copy_of: Any) -> Path:
+    return copy_of(bundle("dual"))
+
+
+def test_golden_without_the_base_model(golden: Golden, bundle: Any) -> None:
+    """Text encoder, denoiser, VAE: everything by ONNX Runtime."""
+    with Engine.from_bundle(bundle(golden.name)) as engine:
+        embeddings = engine.encode_prompts()
+        expected = golden.pipeline["prompt_embeds_blend"]
+        assert float((embeddings[0] - expected).abs().max()) <= 5e-6
+        _, pictures = run_pipeline(engine, golden)
+    assert float((pictures - golden.pipeline["image"]).abs().max()) <= PICTURES
+
+
+def test_it_says_what_it_chose(bundle: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="dualdiff_engine")
+    engine = Engine.from_bundle(bundle("dual"))
+    (row,) = [row for row in engine.ops.table if row.op == "attention"]
+    assert row.backend == "onnxruntime"
+    assert row.reason == "CPUExecutionProvider: there is no GPU that PyTorch sees"
+    assert "CPUExecutionProvider" in caplog.text
+
+
+def test_background_pictures(bundle: Any, engine_of: Any) -> None:
+    """A picture through the exported VAE encoder and background encoder."""
+    import numpy as np
+
+    from dualdiff_engine import Background
+
+    picture = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    options: dict[str, Any] = {
+        "background": Background(picture, noise="fixed"), "steps": 2, "output_type": "pt",
+    }  # fmt: skip
+    ours = Engine.from_bundle(bundle("bcm")).generate([4], **options)
+    eager = engine_of("bcm").generate([4], **options)
+    assert float((ours[0].image - eager[0].image).abs().max()) <= PICTURES
+
+
+def test_manifest(bundle: Any) -> None:
+    folder = bundle("bcm")
+    manifest = json.loads((folder / "bundle.json").read_text())
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == there - {"bundle.json"}
+    assert manifest["adapters"].keys() == {manifest["first"]}
+    assert "tokenizer/vocab.json" in there
+    assert "scheduler/scheduler_config.json" in there
+    # nothing of the machine that wrote it
+    assert str(DATA) not in (folder / "bundle.json").read_text()
+    assert not [
+        p for p in folder.rglob("*") if p.is_file() and str(DATA).encode() in p.read_bytes()
+    ]
+
+
+def test_verify(golden: Golden, bundle: Any) -> None:
+    report = verify_bundle(bundle(golden.name))
+    denoiser = "denoiser_background" if golden.background else "denoiser"
+    assert {name.split("/")[1] for name in report["parity"]} == {
+        "text_encoder", denoiser, "vae_decoder",
+    }  # fmt: skip
+    assert all(row["error"] <= row["tolerance"] for row in report["parity"].values())
+
+
+def test_another_adapter_joins(copy: Path, tmp_path: Path) -> None:
+    """As many tensors, other values; both are resident, and verified."""
+    other = other_adapter(tmp_path / "other.safetensors")
+    report = add_adapter(DATA / "dual" / "model", other, copy)
+    assert report["graphs"]["denoiser"]["adapters"].keys() == {"adapter", "other"}
+    assert len(verify_bundle(copy)["parity"]) == 6
+    first, second = (
+        load_file(copy / "adapters" / f"{n}.safetensors") for n in ("adapter", "other")
+    )
+    assert {n: (t.shape, t.dtype) for n, t in first.items()} == {
+        n: (t.shape, t.dtype) for n, t in second.items()
+    }
+    engine = Engine.from_bundle(copy)
+    assert engine.adapters == ["other", "adapter"]
+    assert engine.active_adapter == "adapter"
+    engine.set_adapter("other")
+    eager = Engine.from_pretrained(DATA / "dual" / "model", adapter=other)
+    options: dict[str, Any] = {"steps": 2, "output_type": "pt"}
+    ours, theirs = engine.generate([1], **options)[0], eager.generate([1], **options)[0]
+    assert float((ours.image - theirs.image).abs().max()) <= PICTURES
+    assert ours.recipe["adapter"] == {**theirs.recipe["adapter"], "source": "other.safetensors"}
+    with pytest.raises(SettingsError, match="holds an adapter 'other'"):
+        add_adapter(DATA / "dual" / "model", other, copy)
+    with pytest.raises(BackendError, match="another base model"):
+        add_adapter(DATA / "bcm" / "model", other, copy, name="third")
+
+
+def test_a_bundle_folds_nothing(bundle: Any, tmp_path: Path) -> None:
+    engine = Engine.from_bundle(bundle("dual"))
+    with pytest.raises(BackendError, match=r"no base weights.*dualdiff export adapter"):
+        engine.load_adapter(other_adapter(tmp_path / "other.safetensors"))
+    with pytest.raises(BackendError, match="holds no adapter 'nobody'; it holds adapter"):
+        Engine.from_bundle(bundle("dual"), adapter="nobody")
+
+
+def test_damage_is_found(copy: Path) -> None:
+    path = copy / "network.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    # of the same size: seen by its hash
+    Engine.from_bundle(copy)
+    with pytest.raises(BackendError, match=r"network\.safetensors is not what the bundle was"):
+        verify_bundle(copy)
+    path.write_bytes(content[:-1])
+    with pytest.raises(BackendError, match=r"network\.safetensors is not what the bundle was"):
+        Engine.from_bundle(copy)
+    path.unlink()
+    with pytest.raises(BackendError, match=r"lacks network\.safetensors"):
+        Engine.from_bundle(copy)
+
+
+def test_another_result_is_found(copy: Path) -> None:
+    """Hashes are right, the numbers are not: as with a runtime that computes something else."""
+    from dualdiff_engine.export.folder.bundle import write_manifest
+
+    path = copy / "adapters" / "adapter.probe.safetensors"
+    probe = load_file(path)
+    save_file({**probe, "noise": probe["noise"] * 1.001}, path)
+    write_manifest(copy)
+    with pytest.raises(BackendError, match=r"denoiser with adapter adapter is 1\.0e-03 off"):
+        verify_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 2}, "format 2, this release reads 1"),
+        ({"files": {"../outside": {"bytes": 1, "sha256": ""}}}, "outside it: distrust"),
+        ({"files": {"x": {"bytes": "1"}}}, "no sound bundle"),
+        ({"files": []}, "no sound bundle"),
+    ],
+)
+def test_manifests_that_are_refused(copy: Path, change: dict[str, Any], said: str) -> None:
+    manifest = json.loads((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(BackendError, match=said):
+        Engine.from_bundle(copy)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"no sound bundle.*dualdiff export bundle"):
+        Engine.from_bundle(tmp_path)
+
+
+def test_command_line(bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bundle("dual")
+    assert main(["verify", str(folder)]) == 0
+    assert "files and 0 engines as written" in capsys.readouterr().out
+    out = tmp_path / "out"
+    options = ["--steps", "1", "--quiet", "--out", str(out)]
+    assert main(["generate", "--base", str(folder), "--adapter", "adapter", *options]) == 0
+    assert len(list((out / "image").iterdir())) == 1
+    (row,) = (json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines())
+    assert row["recipe"]["backends"]["attention"] == "onnxruntime"
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "no sound bundle" in capsys.readouterr().err

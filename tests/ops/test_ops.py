@@ -1,0 +1,232 @@
+"""Every op of every CPU backend against fp64, on odd shapes, strided inputs and poisoned memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualdiff_engine.adapters.fold import fold_interaction
+from dualdiff_engine.adapters.format import Affine
+from dualdiff_engine.errors import BackendError
+from dualdiff_engine.ops import NAMES, Ops, bind, native, reference
+from op_inputs import draw, interaction, poison, strided, unfolded_interaction
+from tolerance import assert_within_budget
+
+DTYPES = [torch.float32, torch.bfloat16]
+# odd sizes, one row, sizes below and above a vector
+SHAPES = [(63, 48), (1, 16), (130, 40)]
+
+
+# triton's are tested in tests/ops/interpreter
+@pytest.fixture(params=["native", "onednn", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    ok, reason = native.supported("attention", torch.device("cpu"), torch.float32)
+    if request.param == "native" and not ok:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def ops(backend: str, dtype: torch.dtype) -> Ops:
+    return bind(backend, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_branch_linear(
+    ops: Ops, dtype: torch.dtype, rows: int, channels: int, branches: int, bias: bool
+) -> None:
+    x = draw(branches, rows, channels, dtype=dtype)
+    w = draw(branches, 24, channels, dtype=dtype, seed=1)
+    b = draw(24, dtype=dtype, seed=2) if bias else None
+    exact = torch.einsum("fmc,fdc->fmd", x.double(), w.double()) + (b.double() if bias else 0)
+    eager = torch.stack([F.linear(x[f], w[f], b) for f in range(branches)])
+    assert_within_budget("branch_linear", ops.branch_linear(x, w, b), eager, exact)
+    assert_within_budget("strided", ops.branch_linear(strided(x), w, b), eager, exact)
+
+
+def test_branch_linear_joins_the_background(ops: Ops, dtype: torch.dtype) -> None:
+    rows, batch, positions, channels, width = 2, 3, 5, 16, 12
+    x = draw(2, rows * batch * positions, channels, dtype=dtype)
+    w = draw(2, 18, channels, dtype=dtype, seed=1)
+    share = draw(rows, positions, width, dtype=dtype, seed=2)
+    keep = torch.tensor([0.75], dtype=dtype)
+
+    def joined(y: Tensor, share: Tensor, keep: Tensor) -> Tensor:
+        y = y.clone()
+        own = y[0].view(rows, batch, positions, 18)[..., -width:]
+        own.copy_(keep * own + share[:, None])
+        return y
+
+    exact = joined(x.double() @ w.double().mT, share.double(), keep.double())
+    eager = joined(x @ w.mT, share, keep)
+    actual = ops.branch_linear(x, w, None, share, keep)
+    assert_within_budget("branch_linear with share", actual, eager, exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_adds_a_residual(ops: Ops, dtype: torch.dtype, bias: bool) -> None:
+    x, w = draw(3, 63, 48, dtype=dtype), draw(24, 48, dtype=dtype, seed=1)
+    residual = draw(3, 63, 24, dtype=dtype, seed=2)
+    b = draw(24, dtype=dtype, seed=3) if bias else None
+    exact = x.double() @ w.double().T + residual.double() + (b.double() if b is not None else 0)
+    eager = F.linear(x, w, b) + residual
+    before = residual.clone()
+    assert_within_budget("linear", ops.linear(x, w, b, residual), eager, exact)
+    assert torch.equal(residual, before)
+
+
+def test_attention_joins_a_second_source(ops: Ops, dtype: torch.dtype) -> None:
+    q, k, v = (draw(2, 9, 80, dtype=dtype, seed=s) for s in range(3))
+    more_k, more_v = (draw(2, 13, 80, dtype=dtype, seed=s) for s in (3, 4))
+    keys, values = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
+    exact = reference.attention(q.double(), keys.double(), values.double(), 2)
+    eager = reference.attention(q, keys, values, 2)
+    assert_within_budget("attention", ops.attention(q, k, v, 2, more_k, more_v), eager, exact)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(("queries", "keys"), [(63, 63), (5, 77), (1, 1)])
+def test_attention(ops: Ops, dtype: torch.dtype, heads: int, queries: int, keys: int) -> None:
+    channels = 40 * heads
+    q = draw(3, queries, channels, dtype=dtype)
+    kv = draw(3, keys, 2 * channels, dtype=dtype, seed=1)
+    k, v = kv.chunk(2, dim=-1)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(40), dim=-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    exact = eager(q.double(), k.double(), v.double())
+    actual = ops.attention(strided(q), k, v, heads)
+    assert actual.is_contiguous()
+    assert_within_budget("attention", actual, eager(q, k, v), exact)
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+def test_exchange_is_the_unfolded_interaction(
+    ops: Ops, dtype: torch.dtype, rows: int, channels: int
+) -> None:
+    x = draw(2, rows, channels, dtype=dtype)
+    residual = draw(2, rows, channels, dtype=dtype, seed=7)
+    parts = interaction(channels, dtype)
+    wide = {n: Affine(a.weight.double(), a.bias.double()) for n, a in parts.items()}
+    exact = unfolded_interaction(x.double(), wide) + residual.double()
+    eager = unfolded_interaction(x, parts) + residual
+    folded = fold_interaction(parts, torch.empty(0, dtype=torch.float64))
+    weights = [
+        folded[name].to(dtype)
+        for name in ("gate_weight", "gate_bias", "value_weight", "value_bias")
+    ]
+    before = x.clone(), residual.clone()
+    for name, given in (("exchange", x), ("strided", strided(x))):
+        actual = ops.exchange(given, *weights, residual)
+        assert_within_budget(name, actual, eager, exact, terms=channels)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+def test_fold_of_the_interaction_is_exact() -> None:
+    x = draw(2, 63, 48, dtype=torch.float64)
+    parts = interaction(48, torch.float64)
+    folded = fold_interaction(parts, x)
+    out = reference.exchange(
+        x,
+        folded["gate_weight"],
+        folded["gate_bias"],
+        folded["value_weight"],
+        folded["value_bias"],
+        torch.zeros_like(x),
+    )
+    # the gate is kept in fp32 whatever the input
+    assert torch.allclose(out, unfolded_interaction(x, parts), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 1)])
+def test_group_norm_silu(ops: Ops, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    x = draw(3, 48, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w, b = draw(48, dtype=dtype, seed=1), draw(48, dtype=dtype, seed=2)
+    before = x.clone()
+
+    def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, 8, w, b, 1e-5))
+
+    actual = ops.group_norm_silu(x, 8, w, b, 1e-5)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    exact = eager(x.double(), w.double(), b.double())
+    assert_within_budget("group_norm_silu", actual, eager(x, w, b), exact)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+def test_geglu(ops: Ops, dtype: torch.dtype, rows: int, channels: int) -> None:
+    x = draw(3, rows, channels, dtype=dtype)
+    w, b = draw(96, channels, dtype=dtype, seed=1), draw(96, dtype=dtype, seed=2)
+
+    def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        value, gate = F.linear(x, w, b).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    exact = eager(x.double(), w.double(), b.double())
+    assert_within_budget("geglu", ops.geglu(x, w, b), eager(x, w, b), exact)
+
+
+def test_guided_step(ops: Ops, dtype: torch.dtype) -> None:
+    noise = draw(2, 2, 3, 4, 5, 6, dtype=dtype)
+    uncond, cond = noise[:, 0].double(), noise[:, 1].double()
+    exact = uncond + 2.5 * (cond - uncond)
+    eager = noise[:, 0].float() + 2.5 * (noise[:, 1].float() - noise[:, 0].float())
+    assert_within_budget("guided_step", ops.guided_step(noise, 2.5), eager, exact)
+
+
+def test_auto_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    table = {row.op: row for row in bind("auto").table}
+    assert set(table) == set(NAMES)
+    assert table["exchange"].backend == "reference"
+    assert "without oneDNN" in table["exchange"].reason
+
+
+def test_explicit_backend_raises_with_the_reason() -> None:
+    with pytest.raises(BackendError, match=r"'onednn' cannot be used.*no torch\.float64 product"):
+        bind("onednn", dtype=torch.float64)
+    with pytest.raises(BackendError, match=r"'triton' cannot be used.*needs an NVIDIA GPU"):
+        bind("triton")
+    with pytest.raises(BackendError, match="no backend is called 'cuda'; there are: auto, triton"):
+        bind("cuda")
+
+
+def test_backends_of_single_ops() -> None:
+    table = {row.op: row.backend for row in bind("exchange=reference, geglu=onednn").table}
+    auto = {row.op: row.backend for row in bind("auto").table}
+    assert table == auto | {"exchange": "reference", "geglu": "onednn"}
+    with pytest.raises(BackendError, match=r"'attention=onednn' cannot be used: not onednn"):
+        bind("attention=onednn")
+    with pytest.raises(BackendError, match="'attention=xformers' cannot be used: not xformers"):
+        bind("attention=xformers")
+    with pytest.raises(BackendError, match="no op is called 'softmax'; there are: linear"):
+        bind("softmax=native")
+    with pytest.raises(BackendError, match="no backend is called ''"):
+        bind("attention=")
+
+
+def test_a_backend_without_an_op_leaves_it_to_the_reference() -> None:
+    table = {row.op: row for row in bind("onednn").table}
+    assert table["attention"].backend == "reference"
+    assert "not onednn: has no attention" in table["attention"].reason
