@@ -73,8 +73,8 @@ def trace(
     size = size or MODELS[model]["sample_size"]
     with torch.inference_mode(), META:
         unet = DualUNet(network_config(model), ops, background=background)
-        bias = unet.time_bias(torch.zeros(1))[0]
-        text = unet.text_projections(torch.zeros(2, 2, TEXT_TOKENS, unet.config.context_width))
+        bias = unet.time_inputs(torch.zeros(1))[0]
+        text = unet.text_inputs(torch.zeros(2, 2, TEXT_TOKENS, unet.config.context_width))
         shares = None
         if background:
             shares = unet.background_shares(torch.zeros(2, 4, size, size), bias, text)
