@@ -49,3 +49,11 @@ def test_every_snippet_that_proves_a_fold_is_there() -> None:
     folds = ("fold_self_site", "gate_weight", "background_keep", "time_bias", "predict_noise")
     assert all(name in source for name in folds)
     assert source.count("assert_close") >= len(folds)
+
+
+def test_a_newcomer_finds_the_answers() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+\?) \| `([^`]+)` \| `([^`]+)` \|$", page, re.MULTILINE)
+    assert len(rows) >= 20
+    for question, file, word in rows:
+        assert word in (ROOT / file).read_text("utf-8"), question
