@@ -1,4 +1,4 @@
-"""The pages in docs/: their snippets run, what they name exists, and nothing outside is promised."""
+"""The pages in docs/: their snippets run, and what they name exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 READMES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "export/README.md")]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # what a page names in backticks and means as a file or folder of the repository
-NAMED = re.compile(r"`((?:dualdiff_engine|bench|csrc|docs|examples|export|tests)/[\w./-]*|\w+\.md)`")
+NAMED = re.compile(
+    r"`((?:dualdiff_engine|bench|csrc|docs|examples|export|tests)/[\w./-]*|\w+\.md)`"
+)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)[^)]*\)")
 
 
