@@ -21,7 +21,6 @@ from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact
 from dualdiff_engine.export.folder.folded import PROBE, read_adapter
 from dualdiff_engine.export.graph import probe
-from dualdiff_engine.export.graph.modules import TEXT_TOKENS
 from dualdiff_engine.export.graph.widen import widened
 from dualdiff_engine.export.run.denoiser import initializers
 from dualdiff_engine.export.run.onnx_session import Session, onnxruntime
@@ -162,7 +161,8 @@ def _cases(
 ) -> Iterator[Case]:
     """The same inputs whatever network says what is expected."""
     if artefact.graph in _NETWORK:
-        return _NETWORK[artefact.graph](unet, artefact, batches)
+        tokens = engine.text_encoder.tokenizer.model_max_length
+        return _NETWORK[artefact.graph](unet, artefact, batches, tokens)
     return _OTHERS[artefact.graph](engine, artefact, batches)
 
 
@@ -226,11 +226,11 @@ def _sizes(artefact: Artefact) -> list[tuple[int, int]]:
     return [size, (size[0] + 3, size[1] - 5)] if artefact.dynamic_size else [size]
 
 
-def _call(unet: DualUNet, rows: int, draw: torch.Generator) -> dict[str, Any]:
+def _call(unet: DualUNet, rows: int, tokens: int, draw: torch.Generator) -> dict[str, Any]:
     """Inputs that both graphs of the network take, and what the network makes of them."""
     width = unet.config.context_width
     timestep = torch.randint(0, 1000, (1,), generator=draw).float()
-    context = torch.randn(2, rows, TEXT_TOKENS, width, generator=draw)
+    context = torch.randn(2, rows, tokens, width, generator=draw)
     return {
         "timestep": timestep,
         "context": context,
@@ -239,13 +239,15 @@ def _call(unet: DualUNet, rows: int, draw: torch.Generator) -> dict[str, Any]:
     }
 
 
-def _denoiser_cases(unet: DualUNet, artefact: Artefact, batches: Sequence[int]) -> Iterator[Case]:
+def _denoiser_cases(
+    unet: DualUNet, artefact: Artefact, batches: Sequence[int], tokens: int
+) -> Iterator[Case]:
     """Every batch with guidance, the first without."""
     dtype = getattr(torch, artefact.precision)
     wanted = [(batch, 2, size) for size in _sizes(artefact) for batch in batches]
     for seed, (batch, rows, size) in enumerate([*wanted, (batches[0], 1, wanted[0][2])]):
         draw = _draw(seed)
-        call = _call(unet, rows, draw)
+        call = _call(unet, rows, tokens, draw)
         latents = torch.randn(2, batch, 4, *size, generator=draw)
         inputs = {"latents": latents, "timestep": call["timestep"], "context": call["context"]}
         shares = None
@@ -257,10 +259,12 @@ def _denoiser_cases(unet: DualUNet, artefact: Artefact, batches: Sequence[int]) 
         yield Case(_about(size, batch=batch, rows=rows), inputs, [noise])
 
 
-def _background_cases(unet: DualUNet, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+def _background_cases(
+    unet: DualUNet, artefact: Artefact, _: Sequence[int], tokens: int
+) -> Iterator[Case]:
     for seed, (rows, size) in enumerate((r, s) for s in _sizes(artefact) for r in (2, 1)):
         draw = _draw(seed)
-        call = _call(unet, rows, draw)
+        call = _call(unet, rows, tokens, draw)
         latents = torch.randn(rows, 4, *size, generator=draw)
         shares = unet.background_shares(latents, call["bias"], call["text"])
         inputs = {"latents": latents, "timestep": call["timestep"], "context": call["context"][0]}
@@ -296,7 +300,7 @@ def _about(size: tuple[int, int], **counts: int) -> dict[str, int]:
     return {**counts, "height": size[0], "width": size[1]}
 
 
-_NETWORK: dict[str, Callable[[DualUNet, Artefact, Sequence[int]], Iterator[Case]]] = {
+_NETWORK: dict[str, Callable[[DualUNet, Artefact, Sequence[int], int], Iterator[Case]]] = {
     "denoiser": _denoiser_cases,
     "denoiser_background": _denoiser_cases,
     "background_encoder": _background_cases,

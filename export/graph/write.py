@@ -154,7 +154,8 @@ class Exporter:
         height, width = options.height or side, options.width or side
         if height % step or width % step:
             raise SettingsError(f"height and width must be multiples of {step} for this VAE")
-        return Size(height // step, width // step, options.dynamic_size)
+        tokens = engine.text_encoder.tokenizer.model_max_length
+        return Size(height // step, width // step, options.dynamic_size, tokens)
 
     def add_adapter(self) -> dict[str, Any]:
         """Write, validate; returns the report.
