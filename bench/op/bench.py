@@ -29,6 +29,7 @@ from dualdiff_engine.bench.step import measure, report
 from dualdiff_engine.bench.step.case import MODELS, SCALE, WHY
 from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
 from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.ops import proof
 
 RED = "test red: not reported"
 PLAIN = "eager"
@@ -48,7 +49,7 @@ Run = Callable[[], Tensor]
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
+    return proof.loss(actual, exact).whole
 
 
 def variants(case: Problem, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
@@ -57,7 +58,7 @@ def variants(case: Problem, device: torch.device, dtype: torch.dtype) -> dict[st
     for name, function in case.libraries.items():
         found[name] = partial(function, *case.arguments)
     for backend in ops.BACKENDS:
-        if ops.backend_module(backend).supported(case.spec.op, device, dtype)[0]:
+        if ops.serves(backend, case.spec.op, device, dtype)[0]:
             found[backend] = partial(ops.backend_op(backend, case.spec.op), *case.arguments)
     return found
 
@@ -80,9 +81,7 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-def reason(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+reason = proof.first_line
 
 
 def check(case: Problem, runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
@@ -90,11 +89,7 @@ def check(case: Problem, runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     dtype = next(x.dtype for x in case.arguments if isinstance(x, Tensor))
     exact = case.plain(*case.sample(torch.float64))
     eager = case.plain(*case.sample(dtype))
-    # Partial sums of K independent terms grow as the root of their number, and each is rounded,
-    # with a variance of a third of half a unit squared: together u sqrt(K / 6) of the result.
-    in_turn = torch.finfo(torch.float32).eps / 2 * math.sqrt(case.terms / 6)
-    # storing the result alone costs up to half a unit in the last place
-    budget = max(relative(eager, exact), in_turn) + torch.finfo(eager.dtype).eps / 2
+    budget = proof.budget(eager, exact, proof.terms(case.spec.op, case.arguments)).whole
     checked: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         try:

@@ -154,14 +154,6 @@ class Problem:
     def sampled(self, out: Tensor) -> Tensor:
         return out.index_select(self.out_axis, self.rows)
 
-    @property
-    def terms(self) -> int:
-        """Of the longest sum in a matrix product, 0 where there is none."""
-        if self.spec.op in ("group_norm_silu", "guided_step"):
-            return 0
-        channels = self.arguments[0].shape[-1]
-        return int(max(channels, self.arguments[1].shape[1] if self.spec.op == "attention" else 0))
-
 
 def problem(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Problem:
     """Draw the inputs of a call; activations and results are of order one."""
