@@ -51,7 +51,7 @@ def test_work_between_the_ops_follows_from_shapes() -> None:
     moved = {row["op"]: row["moved"] for row in rows}
     calls = {row["op"]: row["calls"] for row in rows}
     # channels, and positions of both branches and guidance rows
-    levels = list(zip((320, 640, 1280, 1280), (4 * pairs * (size >> i) ** 2 for i in range(4))))
+    levels = [(c, 4 * pairs * (size >> i) ** 2) for i, c in enumerate((320, 640, 1280, 1280))]
     # the first site tells the guidance rows apart: what comes before it has half of the positions
     first = levels[0][0] * levels[0][1] // 2
     # 5 transformers on each of the three upper levels, 1 in the middle: a norm before each
