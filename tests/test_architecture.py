@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "device": {"errors"},
     "pictures": {"errors"},
     "pair": {"errors", "settings"},
-    "folder_writer": {"errors", "files", "pair"},
+    "folder_writer": {"errors", "files", "pair", "pictures"},
     "adapters": {"errors", "files", "settings"},
     "ops": {"errors", "files", "device"},
     "model": {"errors", "ops"},
