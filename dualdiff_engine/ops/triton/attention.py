@@ -303,10 +303,9 @@ def _aligned(dim: int, *tensors: Tensor) -> bool:
 
 
 def _constants(dim: int, config: Config, lengths: list[int], aligned: bool) -> dict[str, Any]:
-    """The kernel's compile-time arguments; lengths of one or two sources."""
+    """The kernel's compile-time arguments, without blocks; lengths of one or two sources."""
     first, second = split(dim)
     return {
-        **config.blocks,
         "FIRST": (0, first),
         "SECOND": (first, second) if second else None,
         "DIM": dim,
@@ -356,7 +355,7 @@ def attention(
         *inputs, out,
         *(step for x in inputs for step in x.stride()[:2]),
         num_heads, positions, lengths[0], lengths[-1], LOG2_E / math.sqrt(dim),
-        **{**constants, **config.arguments},
+        **constants, **config.arguments,
     )  # fmt: skip
     return out
 
