@@ -6,6 +6,7 @@ Triton asks a driver which GPU there is. A stand-in answers: an H100.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 
 HALF = MockTensor(torch.float16)
+SINGLE = MockTensor(torch.float32)
 
 
 class H100:
@@ -56,16 +58,61 @@ def test_attention_compiles_once_for_all_sizes() -> None:
     assert attention(64, 4096, 4096, 320) is not one
 
 
-def branch_linear(rows: int, positions: int) -> Any:
+def branch_linear(rows: int) -> Any:
     op = module("branch_linear")
     config = op.default_config(524288, 960, torch.float16)
     return op._branch_linear_kernel.warmup(
-        HALF, HALF, None, None, HALF, HALF, HALF, rows, positions, positions,
+        HALF, HALF, None, None, HALF, HALF, HALF, rows, rows, rows,
         grid=(1,), **op._constants(960, 320, 320, 640), **config.arguments,
     )  # fmt: skip
 
 
-def test_branch_linear_compiles_once_for_all_sizes() -> None:
-    one = branch_linear(4096, 1024)
-    assert branch_linear(1, 1) is one
-    assert branch_linear(4097, 63) is one
+def exchange(positions: int) -> Any:
+    op = module("exchange")
+    config = op.default_config(torch.float16)
+    return op._exchange_kernel.warmup(
+        *[HALF] * 6, positions, HALF, 1e-6, grid=(1,), CHANNELS=320, **config.arguments
+    )
+
+
+def geglu(rows: int) -> Any:
+    op = module("geglu")
+    config = op.default_config(524288, 1280, torch.float16)
+    return op._geglu_kernel.warmup(*[HALF] * 4, rows, 320, 1280, 320, grid=(1,), **config.arguments)
+
+
+def group_norm_statistics(positions: int) -> Any:
+    op = module("group_norm_silu")
+    config = op.default_config(4096, 320, 32)
+    constants, _ = op._constants(4096, 320, 32, config)
+    return op._group_norm_statistics_kernel.warmup(
+        HALF, SINGLE, positions, grid=(1,), **constants, **config.arguments
+    )
+
+
+def group_norm_silu(positions: int) -> Any:
+    op = module("group_norm_silu")
+    config = op.default_config(4096, 320, 32)
+    _, constants = op._constants(4096, 320, 32, config)
+    return op._group_norm_silu_kernel.warmup(
+        HALF, SINGLE, HALF, HALF, HALF, positions, 1e-5,
+        grid=(1,), **constants, **config.arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "launch", [branch_linear, exchange, geglu, group_norm_statistics, group_norm_silu]
+)
+def test_compiles_once_for_all_sizes(launch: Callable[[int], Any]) -> None:
+    one = launch(4096)
+    assert launch(1) is one
+    assert launch(63) is one
+
+
+@pytest.mark.parametrize("size", [1, 63, 4096])
+def test_guided_step_compiles_for_every_size(size: int) -> None:
+    """Once per kind of size: of multiples of 16 it reads whole vectors."""
+    op = module("guided_step")
+    kernel = op._guided_step_kernel
+    built = kernel.warmup(HALF, SINGLE, size, 2.5, grid=(1,), **op.CONFIG.arguments)
+    assert ("ld.global.v" in built.asm["ptx"]) == (size % 16 == 0)
