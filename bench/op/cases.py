@@ -209,14 +209,16 @@ def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., T
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        share: Tensor | None = None,
+        background_kv: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
         outs = [F.linear(x, w, bias) for x, w in zip(input, weight, strict=True)]
-        if share is not None and keep is not None:
-            width = outs[0].shape[-1] - share.shape[-1]
-            rows = outs[0].view(share.shape[0], -1, share.shape[1], outs[0].shape[-1])
-            joined = keep * rows[..., width:] + share[:, None]
+        if background_kv is not None and keep is not None:
+            width = outs[0].shape[-1] - background_kv.shape[-1]
+            rows = outs[0].view(
+                background_kv.shape[0], -1, background_kv.shape[1], outs[0].shape[-1]
+            )
+            joined = keep * rows[..., width:] + background_kv[:, None]
             outs[0] = torch.cat([rows[..., :width], joined], dim=-1).view_as(outs[0])
         return torch.stack(outs)
 
@@ -227,7 +229,7 @@ def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., T
     count, device = arguments[0].shape[1], arguments[0].device
     rows = _ends(count, device, 256)
     if len(arguments) == 5:
-        # a share belongs to all positions of a pair: whole pairs, of every guidance row
+        # background_kv belongs to all positions of a pair: whole pairs, of every guidance row
         groups, positions, _ = arguments[3].shape
         pairs = torch.arange(count, device=device).view(groups, -1, positions)
         rows = pairs[:, _ends(pairs.shape[1], device)].flatten()
