@@ -15,7 +15,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,7 +121,7 @@ def candidates(table: str) -> list[Launch]:
     for group in classes(trace("sd15", 32), torch.bfloat16):
         if group.table == table:
             lists.setdefault(str(configurations(group, torch.bfloat16)), group)
-    found = {}
+    found: dict[Hashable, Launch] = {}
     for group in list(lists.values())[:SAMPLED]:
         spec = max(group.calls, key=lambda call: group.calls[call])
         for config in configurations(group, torch.bfloat16):

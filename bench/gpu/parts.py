@@ -87,7 +87,7 @@ def checks(setting: Setting, record: Record) -> Iterator[str]:
 
     def rows() -> Iterator[dict[str, Any]]:
         for number, dtype in enumerate(_dtypes(setting)):
-            with torch.inference_mode():
+            with torch.inference_mode(), clock.exact_convolutions():
                 yield from op_checks.accuracy(setting.model, device, [dtype])
                 yield from op_checks.network(network, device, [dtype])
             if number == 0:

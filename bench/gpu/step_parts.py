@@ -78,7 +78,8 @@ def available(
 def step_of(setting: Setting, record: Record, case: Case, names: tuple[str, ...]) -> Iterator[str]:
     """One case: noise of each peer against a wider dtype, and unless interpreted its time."""
     wider = torch.float64 if setting.dtype == torch.float32 else torch.float32
-    exact = peers.PEERS["engine-reference"](case, setting.device, wider).step(STEP)
+    with clock.exact_convolutions():
+        exact = peers.PEERS["engine-reference"](case, setting.device, wider).step(STEP)
     built: dict[str, Any] = {
         name: peers.PEERS[name](case, setting.device, dtype)
         for name, dtype in available(setting, record, names)
