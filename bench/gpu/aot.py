@@ -32,7 +32,7 @@ from dualdiff_engine.bench.gpu.launches import Launch, compilations, key
 from dualdiff_engine.bench.op.bench import reason
 from dualdiff_engine.bench.op.cases import trace
 from dualdiff_engine.ops.triton import OPS
-from dualdiff_engine.ops.triton.tuning import Compilation
+from dualdiff_engine.ops.triton.listing import Compilation
 
 ARCHITECTURES = (80, 89, 90, 100)
 # most shared memory of one block, CUDA programming guide, table of compute capabilities

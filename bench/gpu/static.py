@@ -24,7 +24,7 @@ from typing import Any
 
 from dualdiff_engine.bench.gpu import aot
 from dualdiff_engine.ops.triton import OPS
-from dualdiff_engine.ops.triton.tuning import Compilation
+from dualdiff_engine.ops.triton.listing import Compilation
 
 STATIC = aot.BUDGET.with_name("static.json")
 ARCHITECTURE, KIND = 90, "bf16"

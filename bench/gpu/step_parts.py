@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine import memory, ops
+from dualdiff_engine import ops
 from dualdiff_engine.bench import clock
 from dualdiff_engine.bench.gpu.record import Record, Setting
 from dualdiff_engine.bench.op import bench as op_bench
 from dualdiff_engine.bench.op import checks as op_checks
 from dualdiff_engine.bench.step import measure, peers, random_base
 from dualdiff_engine.bench.step.case import MODELS, Case, adapter_of, network_config
+from dualdiff_engine.device import is_out_of_memory
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.folder_writer import FolderWriter
@@ -218,9 +219,9 @@ def call_inputs(unet: DualUNet, setting: Setting, batch: int) -> tuple[Any, ...]
     """latents, time_bias, text of a step."""
     size, device = MODELS[setting.model]["sample_size"], setting.device
     context = torch.randn(2, 2, 77, unet.config.context_width, device=device).to(setting.dtype)
-    bias = unet.time_bias(torch.tensor([500.0], device=device))[0]
+    bias = unet.time_inputs(torch.tensor([500.0], device=device))[0]
     latents = torch.randn(2, 1, batch, 4, size, size, device=device)
-    return latents, bias, unet.text_projections(context)
+    return latents, bias, unet.text_inputs(context)
 
 
 @torch.inference_mode()
@@ -238,7 +239,7 @@ def footprint(setting: Setting, record: Record) -> Iterator[str]:
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(setting.device)
                 row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(setting.device)
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             row["fits"] = False
             yield f"a batch of {batch} pairs does not fit"

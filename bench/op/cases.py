@@ -84,8 +84,8 @@ def trace(
     size = size or MODELS[model]["sample_size"]
     with torch.inference_mode(), META:
         unet = DualUNet(network_config(model), ops, background=background)
-        bias = unet.time_bias(torch.zeros(1))[0]
-        text = unet.text_projections(torch.zeros(2, 2, TEXT_TOKENS, unet.config.context_width))
+        bias = unet.time_inputs(torch.zeros(1))[0]
+        text = unet.text_inputs(torch.zeros(2, 2, TEXT_TOKENS, unet.config.context_width))
         shares = None
         if background:
             shares = unet.background_shares(torch.zeros(2, 4, size, size), bias, text)
@@ -203,14 +203,6 @@ class Problem:
     def sampled(self, out: Tensor) -> Tensor:
         return out.index_select(self.out_axis, self.rows)
 
-    @property
-    def terms(self) -> int:
-        """Of the longest sum in a matrix product, 0 where there is none."""
-        if self.spec.op in ("group_norm_silu", "guided_step"):
-            return 0
-        channels = self.arguments[0].shape[-1]
-        return int(max(channels, self.arguments[1].shape[1] if self.spec.op == "attention" else 0))
-
 
 def problem(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Problem:
     """Draw the inputs of a call; activations and results are of order one."""
@@ -255,14 +247,16 @@ def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., T
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        share: Tensor | None = None,
+        background_kv: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
         outs = [F.linear(x, w, bias) for x, w in zip(input, weight, strict=True)]
-        if share is not None and keep is not None:
-            width = outs[0].shape[-1] - share.shape[-1]
-            rows = outs[0].view(share.shape[0], -1, share.shape[1], outs[0].shape[-1])
-            joined = keep * rows[..., width:] + share[:, None]
+        if background_kv is not None and keep is not None:
+            width = outs[0].shape[-1] - background_kv.shape[-1]
+            rows = outs[0].view(
+                background_kv.shape[0], -1, background_kv.shape[1], outs[0].shape[-1]
+            )
+            joined = keep * rows[..., width:] + background_kv[:, None]
             outs[0] = torch.cat([rows[..., :width], joined], dim=-1).view_as(outs[0])
         return torch.stack(outs)
 
@@ -273,7 +267,7 @@ def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., T
     count, device = arguments[0].shape[1], arguments[0].device
     rows = _ends(count, device, 256)
     if len(arguments) == 5:
-        # a share belongs to all positions of a pair: whole pairs, of every guidance row
+        # background_kv belongs to all positions of a pair: whole pairs, of every guidance row
         groups, positions, _ = arguments[3].shape
         pairs = torch.arange(count, device=device).view(groups, -1, positions)
         rows = pairs[:, _ends(pairs.shape[1], device)].flatten()
