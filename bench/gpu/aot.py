@@ -12,25 +12,22 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import re
 import subprocess
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dualdiff_engine.bench.gpu.autotune import Class, classes, configurations
-from dualdiff_engine.bench.gpu.launches import Launch, compilations, key
-from dualdiff_engine.bench.op.bench import reason
-from dualdiff_engine.bench.op.cases import trace
+from dualdiff_engine.ops.proof import first_line
 from dualdiff_engine.ops.triton import OPS
 from dualdiff_engine.ops.triton.listing import Compilation
 
@@ -111,38 +108,36 @@ def measure(ops: Iterable[str] = tuple(OPS)) -> dict[str, dict[str, Any]]:
     return found
 
 
-# lists of candidates that the gate compiles of each tuning table, those of the most work
-SAMPLED = 2
+# candidates of a module that the gate compiles at most
+SAMPLED = 32
 
 
-def candidates(table: str) -> list[Launch]:
-    """What tuning would compile for the heaviest SD-1.5 calls of a table, bf16, 32 pairs."""
-    lists: dict[str, Class] = {}
-    for group in classes(trace("sd15", 32), torch.bfloat16):
-        if group.table == table:
-            lists.setdefault(str(configurations(group, torch.bfloat16)), group)
-    found: dict[Hashable, Launch] = {}
-    for group in list(lists.values())[:SAMPLED]:
-        spec = max(group.calls, key=lambda call: group.calls[call])
-        for config in configurations(group, torch.bfloat16):
-            found |= {key(x): x for x in compilations(spec, torch.bfloat16, config)}
-    return list(found.values())
+def candidates(module: str) -> list[Compilation]:
+    """What tuning may choose besides the defaults, in bf16: each once, at the first such shape."""
+    home = importlib.import_module(f"dualdiff_engine.ops.triton.{module}")
+    found: dict[tuple[str, str], Compilation] = {}
+    for x in home.compilations(every_candidate=True):
+        if "bf16" in x.name.split():
+            found.setdefault((x.kernel.__name__, str(x.config)), x)
+    for x in home.compilations():
+        found.pop((x.kernel.__name__, str(x.config)), None)
+    return list(found.values())[:: math.ceil(len(found) / SAMPLED) or 1]
 
 
-def unfit(launches: Iterable[Launch], architecture: int = 90) -> list[str]:
+def unfit(listed: Iterable[Compilation], architecture: int = 90) -> list[str]:
     """What cannot win on an architecture: does not compile, does not fit, uses no tensor cores."""
     complaints = []
-    for launch in launches:
-        label = f"{launch.name} {dict(launch.constants)} {launch.config}"
+    for compilation in listed:
+        label = f"{compilation.name} {compilation.config}"
         try:
-            usage, _ = build(launch, architecture)
+            usage, _ = build(compilation, architecture)
         # the compiler raises what it likes
         except Exception as error:
-            complaints.append(f"{label}: {reason(error)}")
+            complaints.append(f"{label}: {first_line(error)}")
             continue
         if usage.shared > SHARED_LIMIT[architecture]:
             complaints.append(f"{label}: {usage.shared} B of shared memory")
-        if launch.tensor_cores and not usage.tensor_cores:
+        if compilation.tensor_cores and not usage.tensor_cores:
             complaints.append(f"{label}: no tensor cores")
     return complaints
 

@@ -342,7 +342,8 @@ def compilations(every_candidate: bool = False) -> list[Compilation]:
     listed = []
     for dtype in (*HALVES, torch.float32):
         for rows, columns, channels, given in _launches(dtype):
-            default = default_config(rows, columns, dtype)
+            shape = (rows, columns, dtype)
+            choices = listing.configs(default_config(*shape), candidates(*shape), every_candidate)
             # keys and values are two thirds of a packed projection
             kv_columns = 2 * columns // 3 if "background_kv" in given else 0
             constants = {
@@ -354,6 +355,6 @@ def compilations(every_candidate: bool = False) -> list[Compilation]:
                     "branch_linear", f"M={rows} C={channels} D={columns} {'+'.join(given)}",
                     _branch_linear_kernel, dtype, config, constants,
                 )
-                for config in listing.configs(default, candidates(dtype), every_candidate)
+                for config in choices
             ]  # fmt: skip
     return listed

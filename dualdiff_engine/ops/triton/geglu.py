@@ -151,13 +151,16 @@ LAUNCHES = ((524288, 320), (131072, 640), (32768, 1280), (128, 1280))
 def compilations(every_candidate: bool = False) -> list[Compilation]:
     """Every default at SD-1.5 shapes; with every_candidate what tuning may choose as well."""
     halves = [(dtype, *shape) for dtype in HALVES for shape in LAUNCHES]
-    return [
-        listing.compilation(
-            "geglu", f"M={rows} C={channels}", _geglu_kernel, dtype, config,
-            {"STRIDE_INPUT": channels, "COLUMNS": 4 * channels, "CHANNELS": channels},
-        )
-        for dtype, rows, channels in (*halves, (torch.float32, 8192, 1280))
-        for config in listing.configs(
-            default_config(rows, 4 * channels, dtype), candidates(dtype), every_candidate
-        )
-    ]  # fmt: skip
+    listed = []
+    for dtype, rows, channels in (*halves, (torch.float32, 8192, 1280)):
+        shape = (rows, 4 * channels, dtype)
+        constants = {"STRIDE_INPUT": channels, "COLUMNS": 4 * channels, "CHANNELS": channels}
+        listed += [
+            listing.compilation(
+                "geglu", f"M={rows} C={channels}", _geglu_kernel, dtype, config, constants
+            )
+            for config in listing.configs(
+                default_config(*shape), candidates(*shape), every_candidate
+            )
+        ]
+    return listed

@@ -26,13 +26,11 @@ def test_budget(module: str) -> None:
     assert not complaints, "\n".join(complaints)
 
 
-@pytest.mark.parametrize(
-    "table", ["attention", "branch_linear", "exchange", "geglu", "group_norm_silu"]
-)
-def test_candidates_of_tuning_can_win(table: str) -> None:
-    launches = aot.candidates(table)
-    assert launches
-    complaints = aot.unfit(launches)
+@pytest.mark.parametrize("module", sorted(set(OPS.values()) - {"guided_step"}))
+def test_candidates_of_tuning_can_win(module: str) -> None:
+    listed = aot.candidates(module)
+    assert len(listed) > 3
+    complaints = aot.unfit(listed)
     assert not complaints, "\n".join(complaints)
 
 
