@@ -8,6 +8,7 @@ two products give the scores, two give the output.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -37,17 +38,16 @@ def _tile(
     stride,
     size,
     BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
     DIM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """(pointers, mask) of BLOCK rows and WIDTH columns from FIRST on.
+    """(pointers, mask) of BLOCK rows and some columns, PART = (first, how many).
 
     The mask leaves out rows from `size` on, and columns from DIM on.
     """
     offsets_m = tl.arange(0, BLOCK)[:, None]
-    offsets_d = FIRST + tl.arange(0, WIDTH)[None, :]
+    offsets_d = PART[0] + tl.arange(0, PART[1])[None, :]
     pointers = rows_ptr + offsets_m * stride + offsets_d
     # of strides the compiler is told nothing else
     if ALIGNED:
@@ -61,14 +61,21 @@ def _load(
     stride,
     size,
     BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
     DIM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """The values of `_tile`, with zeros where it is masked."""
-    pointers, mask = _tile(rows_ptr, stride, size, BLOCK, FIRST, WIDTH, DIM, ALIGNED)
+    pointers, mask = _tile(rows_ptr, stride, size, BLOCK, PART, DIM, ALIGNED)
     return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, PART: tl.constexpr):
+    """[BLOCK, columns of the part] in fp32."""
+    # in a list, an element of a constexpr is no constexpr
+    columns: tl.constexpr = PART[1]
+    return tl.zeros([BLOCK, columns], tl.float32)
 
 
 @triton.jit
@@ -88,10 +95,10 @@ def _online_softmax_update(scores, scale, running_max, running_sum):
 
 @triton.jit
 def _attend(
-    state,
-    queries,
-    source,
-    strides,
+    state,  # (accumulators, running_max [M], running_sum [M])
+    queries,  # ([M, FIRST], [M, SECOND]) or the first alone, as accumulators
+    source,  # (keys, values): pointers to [length, D]
+    strides,  # of keys and of values, between rows
     length,
     scale,
     BLOCK_N: tl.constexpr,
@@ -103,19 +110,17 @@ def _attend(
 ):
     """The state once `length` keys and values have joined.
 
-    state: (accumulators, running_max [M], running_sum [M]), accumulators = sum 2^(s - running_max)
-    v. accumulators and queries: a tuple of one or both parts of a head's columns, [M, FIRST] and
-    [M, SECOND]. source: pointers (keys, values) to [length, D]; strides: of both, between rows.
+    accumulators = sum 2^(s - running_max) v over keys so far, s their scores · scale.
     """
     accumulators, running_max, running_sum = state
     key_ptr, value_ptr = source
     stride_key, stride_value = strides
     for start in range(0, length, BLOCK_N):
         remaining = BLOCK_N if EVEN else length - start
-        key_0 = _load(key_ptr, stride_key, remaining, BLOCK_N, 0, FIRST, DIM, ALIGNED)
+        key_0 = _load(key_ptr, stride_key, remaining, BLOCK_N, FIRST, DIM, ALIGNED)
         scores = tl.dot(queries[0], tl.trans(key_0), input_precision="ieee")
-        if SECOND > 0:
-            key_1 = _load(key_ptr, stride_key, remaining, BLOCK_N, FIRST, SECOND, DIM, ALIGNED)
+        if SECOND is not None:
+            key_1 = _load(key_ptr, stride_key, remaining, BLOCK_N, SECOND, DIM, ALIGNED)
             scores = tl.dot(queries[1], tl.trans(key_1), scores, input_precision="ieee")
         if not EVEN:
             valid = tl.arange(0, BLOCK_N)[None, :] < remaining
@@ -123,14 +128,12 @@ def _attend(
         weights, alpha, running_max, running_sum = _online_softmax_update(
             scores, scale, running_max, running_sum
         )
-        value_0 = _load(value_ptr, stride_value, remaining, BLOCK_N, 0, FIRST, DIM, ALIGNED)
+        value_0 = _load(value_ptr, stride_value, remaining, BLOCK_N, FIRST, DIM, ALIGNED)
         weights = weights.to(value_0.dtype)
         faded = accumulators[0] * alpha[:, None]
         part_0 = tl.dot(weights, value_0, faded, input_precision="ieee")
-        if SECOND > 0:
-            value_1 = _load(
-                value_ptr, stride_value, remaining, BLOCK_N, FIRST, SECOND, DIM, ALIGNED
-            )
+        if SECOND is not None:
+            value_1 = _load(value_ptr, stride_value, remaining, BLOCK_N, SECOND, DIM, ALIGNED)
             faded = accumulators[1] * alpha[:, None]
             accumulators = (part_0, tl.dot(weights, value_1, faded, input_precision="ieee"))
         else:
@@ -183,14 +186,14 @@ def _attention_kernel(
     remaining = positions - start
     column = head * DIM
     query_ptr += row * stride_query_n + start.to(tl.int64) * stride_query_s + column
-    query_0 = _load(query_ptr, stride_query_s, remaining, BLOCK_M, 0, FIRST, DIM, ALIGNED)
+    query_0 = _load(query_ptr, stride_query_s, remaining, BLOCK_M, FIRST, DIM, ALIGNED)
     queries = (
-        (query_0, _load(query_ptr, stride_query_s, remaining, BLOCK_M, FIRST, SECOND, DIM, ALIGNED))
-        if SECOND > 0
+        (query_0, _load(query_ptr, stride_query_s, remaining, BLOCK_M, SECOND, DIM, ALIGNED))
+        if SECOND is not None
         else (query_0,)
     )
-    zeros_0 = tl.zeros([BLOCK_M, FIRST], tl.float32)
-    accumulators = (zeros_0, tl.zeros([BLOCK_M, SECOND], tl.float32)) if SECOND > 0 else (zeros_0,)
+    zeros_0 = _zeros(BLOCK_M, FIRST)
+    accumulators = (zeros_0, _zeros(BLOCK_M, SECOND)) if SECOND is not None else (zeros_0,)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     source = (
@@ -216,11 +219,11 @@ def _attention_kernel(
     normalizer = (1.0 / running_sum)[:, None]
     stride_out = num_heads * DIM
     out_ptr += (row * positions + start) * stride_out + column
-    pointers, mask = _tile(out_ptr, stride_out, remaining, BLOCK_M, 0, FIRST, DIM, ALIGNED)
+    pointers, mask = _tile(out_ptr, stride_out, remaining, BLOCK_M, FIRST, DIM, ALIGNED)
     out = (accumulators[0] * normalizer).to(out_ptr.dtype.element_ty)
     tl.store(pointers, out, mask=mask)
-    if SECOND > 0:
-        pointers, mask = _tile(out_ptr, stride_out, remaining, BLOCK_M, FIRST, SECOND, DIM, ALIGNED)
+    if SECOND is not None:
+        pointers, mask = _tile(out_ptr, stride_out, remaining, BLOCK_M, SECOND, DIM, ALIGNED)
         out = (accumulators[1] * normalizer).to(out_ptr.dtype.element_ty)
         tl.store(pointers, out, mask=mask)
 
@@ -305,13 +308,12 @@ def _aligned(dim: int, *tensors: Tensor) -> bool:
     )
 
 
-def _constants(dim: int, config: Config, lengths: list[int], aligned: bool) -> dict[str, int]:
-    """The kernel's compile-time arguments; lengths of one or two sources."""
+def _constants(dim: int, config: Config, lengths: list[int], aligned: bool) -> dict[str, Any]:
+    """The kernel's compile-time arguments, without blocks; lengths of one or two sources."""
     first, second = split(dim)
     return {
-        **config.blocks,
-        "FIRST": first,
-        "SECOND": second,
+        "FIRST": (0, first),
+        "SECOND": (first, second) if second else None,
         "DIM": dim,
         "ALIGNED": aligned,
         "EVEN": all(length % config.blocks["BLOCK_N"] == 0 for length in lengths),
@@ -359,7 +361,7 @@ def attention(
         *inputs, out,
         *(step for x in inputs for step in x.stride()[:2]),
         num_heads, positions, lengths[0], lengths[-1], LOG2_E / math.sqrt(dim),
-        **{**constants, **config.arguments},
+        **constants, **config.arguments,
     )  # fmt: skip
     return out
 
