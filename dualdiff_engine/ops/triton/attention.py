@@ -258,16 +258,22 @@ def default_config(dim: int, dtype: torch.dtype, keys: int) -> Config:
 
 
 def candidates(dim: int, dtype: torch.dtype, keys: int) -> list[Config]:
-    """What is worth measuring; the largest do not fit every architecture."""
+    """What is worth measuring, at most 8; the largest do not fit every architecture."""
     narrow = dim <= 80
+    # queries, keys, warps, stages
     if dtype == torch.float32:
-        tiles = [(16, 16, 4), (32, 16, 8)] + [(64, 16, 8), (64, 32, 8)] * narrow
+        tiles = [(16, 16, 4, 2), (16, 16, 4, 3), (32, 16, 8, 2), (32, 16, 8, 3)]
+        tiles += [(64, 16, 8, 2), (64, 16, 8, 3), (64, 32, 8, 2), (64, 32, 8, 3)] * narrow
     elif keys <= FEW_KEYS:
-        tiles = [(64, 32, 4), (128, 16, 8), (128, 32, 8)] + [(64, 128, 4), (128, 32, 4)] * narrow
+        tiles = [(64, 32, 4, 2), (64, 32, 4, 3), (128, 16, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3)]
+        tiles += [(64, 128, 4, 2), (128, 32, 4, 2), (128, 32, 4, 3)] * narrow
+    elif narrow:
+        tiles = [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
+        tiles += [(128, 128, 8, 2), (128, 128, 8, 3), (256, 64, 8, 2), (256, 64, 8, 3)]
     else:
-        tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
-        tiles += [(128, 64, 4), (128, 128, 8), (256, 64, 8)] * narrow
-    return [attention_config(*tile, stages) for tile in tiles for stages in (2, 3)]
+        tiles = [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3)]
+        tiles += [(128, 64, 8, 2), (128, 64, 8, 3)]
+    return [attention_config(*tile) for tile in tiles]
 
 
 def _check(query: Tensor, num_heads: int, sources: list[tuple[Tensor, Tensor]]) -> None:

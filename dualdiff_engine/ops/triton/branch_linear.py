@@ -152,13 +152,23 @@ def default_config(rows: int, columns: int, dtype: torch.dtype) -> Config:
     return product_config(128, 128, 32, num_warps=8, num_stages=4)
 
 
-def candidates(dtype: torch.dtype) -> list[Config]:
-    """What is worth measuring for any shape; the largest do not fit every architecture."""
+def candidates(rows: int, columns: int, dtype: torch.dtype) -> list[Config]:
+    """What is worth measuring, at most 8; the largest do not fit every architecture."""
     if dtype == torch.float32:
         return [
             product_config(64, 64, 16, 4, 3),
             product_config(64, 64, 32, 8, 2),
             product_config(128, 64, 16, 8, 3),
+        ]
+    if triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < BUSY:
+        return [
+            product_config(128, 64, 64, 4, 3),
+            product_config(64, 128, 64, 8, 3),
+            product_config(64, 64, 64, 4, 4),
+            product_config(64, 64, 64, 8, 4),
+            product_config(64, 64, 128, 4, 3),
+            product_config(64, 32, 64, 4, 4),
+            product_config(64, 32, 128, 4, 3),
         ]
     return [
         product_config(128, 256, 64, 8, 3),
@@ -169,12 +179,6 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         product_config(256, 64, 64, 8, 3),
         product_config(128, 64, 64, 4, 3),
         product_config(64, 128, 64, 4, 3),
-        product_config(64, 128, 64, 8, 3),
-        product_config(64, 64, 64, 4, 4),
-        product_config(64, 64, 64, 8, 4),
-        product_config(64, 64, 128, 4, 3),
-        product_config(64, 32, 64, 4, 4),
-        product_config(64, 32, 128, 4, 3),
     ]
 
 
@@ -338,7 +342,8 @@ def compilations(every_candidate: bool = False) -> list[Compilation]:
     listed = []
     for dtype in (*HALVES, torch.float32):
         for rows, columns, channels, given in _launches(dtype):
-            default = default_config(rows, columns, dtype)
+            shape = (rows, columns, dtype)
+            choices = listing.configs(default_config(*shape), candidates(*shape), every_candidate)
             # keys and values are two thirds of a packed projection
             kv_columns = 2 * columns // 3 if "background_kv" in given else 0
             constants = {
@@ -350,6 +355,6 @@ def compilations(every_candidate: bool = False) -> list[Compilation]:
                     "branch_linear", f"M={rows} C={channels} D={columns} {'+'.join(given)}",
                     _branch_linear_kernel, dtype, config, constants,
                 )
-                for config in listing.configs(default, candidates(dtype), every_candidate)
+                for config in choices
             ]  # fmt: skip
     return listed

@@ -77,13 +77,21 @@ def default_config(rows: int, columns: int, dtype: torch.dtype) -> Config:
     return product_config(128, 64, 64, num_warps=8, num_stages=3)
 
 
-def candidates(dtype: torch.dtype) -> list[Config]:
-    """What is worth measuring for any shape; the largest do not fit every architecture."""
+def candidates(rows: int, columns: int, dtype: torch.dtype) -> list[Config]:
+    """What is worth measuring, at most 8; the largest do not fit every architecture."""
     if dtype == torch.float32:
         return [
             product_config(64, 64, 16, 8, 3),
             product_config(64, 32, 16, 8, 3),
             product_config(64, 32, 32, 8, 2),
+        ]
+    if triton.cdiv(rows, 128) * triton.cdiv(columns, 64) < BUSY:
+        return [
+            product_config(128, 64, 64, 8, 3),
+            product_config(128, 32, 64, 4, 4),
+            product_config(64, 64, 64, 4, 3),
+            product_config(64, 64, 64, 4, 4),
+            product_config(64, 32, 64, 4, 4),
         ]
     return [
         product_config(128, 128, 64, 8, 3),
@@ -92,9 +100,6 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         product_config(128, 64, 64, 8, 4),
         product_config(128, 64, 32, 8, 4),
         product_config(128, 32, 64, 4, 4),
-        product_config(64, 64, 64, 4, 3),
-        product_config(64, 64, 64, 4, 4),
-        product_config(64, 32, 64, 4, 4),
     ]
 
 
@@ -146,13 +151,16 @@ LAUNCHES = ((524288, 320), (131072, 640), (32768, 1280), (128, 1280))
 def compilations(every_candidate: bool = False) -> list[Compilation]:
     """Every default at SD-1.5 shapes; with every_candidate what tuning may choose as well."""
     halves = [(dtype, *shape) for dtype in HALVES for shape in LAUNCHES]
-    return [
-        listing.compilation(
-            "geglu", f"M={rows} C={channels}", _geglu_kernel, dtype, config,
-            {"STRIDE_INPUT": channels, "COLUMNS": 4 * channels, "CHANNELS": channels},
-        )
-        for dtype, rows, channels in (*halves, (torch.float32, 8192, 1280))
-        for config in listing.configs(
-            default_config(rows, 4 * channels, dtype), candidates(dtype), every_candidate
-        )
-    ]  # fmt: skip
+    listed = []
+    for dtype, rows, channels in (*halves, (torch.float32, 8192, 1280)):
+        shape = (rows, 4 * channels, dtype)
+        constants = {"STRIDE_INPUT": channels, "COLUMNS": 4 * channels, "CHANNELS": channels}
+        listed += [
+            listing.compilation(
+                "geglu", f"M={rows} C={channels}", _geglu_kernel, dtype, config, constants
+            )
+            for config in listing.configs(
+                default_config(*shape), candidates(*shape), every_candidate
+            )
+        ]
+    return listed

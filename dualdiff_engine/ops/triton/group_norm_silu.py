@@ -176,14 +176,14 @@ def default_config(positions: int, channels: int, num_groups: int) -> Config:
 
 
 def candidates(positions: int, channels: int, num_groups: int) -> list[Config]:
-    """What is worth measuring: other lengths of a part, widths of a program, rows at a time."""
+    """What is worth measuring, at most 8; values of a thread, and one other part and width each."""
     width, part = channels // num_groups, _part(positions)
+    # part, channels, values of a thread, warps
+    tiles = [(part, 256, values, num_warps) for num_warps in (4, 8) for values in (8, 16, 32)]
+    tiles[-1:] = [(part, 512, 16, 8), (part // 2, 256, 16, 8), (2 * part, 256, 16, 8)]
     return [
-        _config(length, wide, width, num_groups, elements * num_warps * 32 // wide, num_warps)
-        for length in (part // 2, part, 2 * part)
-        for wide in (256, 512)
-        for elements in (8, 16, 32)
-        for num_warps in (4, 8)
+        _config(length, wide, width, num_groups, values * num_warps * 32 // wide, num_warps)
+        for length, wide, values, num_warps in tiles
     ]
 
 
