@@ -1,4 +1,4 @@
-"""What pairs say about themselves, without any weights: agreement, masks, diversity, copies.
+"""Measures of pairs that need no weights: agreement, masks, diversity, copies.
 
 All distances are root mean squares over pixels and channels, in [0, 1], of pictures reduced to
 64 x 64: they see pose, layout and colour, and are blind to noise.
@@ -27,10 +27,18 @@ _ROWS = 256
 
 
 def measure(samples: Sequence[Sample], train: Sequence[Sample] = ()) -> dict[str, Any]:
-    """All measures of the pairs of one defect; JSON-ready, None for what cannot be told.
+    """All measures of the pairs of one defect.
 
-    train: the real pictures that the adapter was trained on, to compare with. Memory grows by
-    50 KB a pair, time by the square of their number only in the pairwise distances.
+    Memory grows by 50 KB per pair; the time of the pairwise distances grows by the square of their
+    number.
+
+    Args:
+        samples: pairs of one defect.
+        train: the real pictures that the adapter was trained on, to compare with.
+
+    Returns:
+        `pairs`, `train`, `agreement`, `masks`, `diversity` and `copies`, JSON-ready; None where
+        something cannot be measured. Distances and shares are in [0, 1].
     """
     drawn, real = _Reduced(samples), _Reduced(train) if train else None
     return {
@@ -81,7 +89,7 @@ def masks(samples: Sequence[Sample]) -> dict[str, Any]:
 
     empty: share of the samples. area: mean and quantiles of the share of the picture, of those
     that are not empty. parts: mean number of connected parts. off_object: mean share of the mask
-    that lies beside the object, None where no object mask is known.
+    that lies outside the object, None where no object mask is known.
     """
     areas, parts, beside = [], [], []
     for sample in samples:

@@ -22,10 +22,19 @@ def quality_record(
     extra: Mapping[str, Measure] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`versions`, and under `defects` the measures of `quality.measure` for every defect.
+    """Measure the quality of pairs, defect by defect.
 
-    extra: further measures by name. Raises DataError before measuring when it is unclear which
-    training pictures belong to which pairs.
+    Args:
+        pairs: as found by `data.find_pairs`.
+        train: the real pictures that the adapters were trained on.
+        extra: further measures by name, called with the pairs and training pictures of a defect.
+        report: called with one line of progress per defect.
+
+    Returns:
+        `versions`, and under `defects` the result of `quality.measure` per defect; JSON-ready.
+
+    Raises:
+        DataError: it is unclear which training pictures belong to which pairs.
     """
     groups = dict(quality.by_defect(pairs))
     matched = {name: _match(name, groups, train) for name in groups}
@@ -48,8 +57,8 @@ def _match(
     if len(real) == len(groups) == 1:
         return train
     raise DataError(
-        f"pairs of {', '.join(groups)} and training pictures of {', '.join(real)}: evaluate one "
-        "adapter at a time and choose its training pictures with --defect"
+        f"the pairs are of {', '.join(groups)}, the training pictures of {', '.join(real)}: "
+        "evaluate one adapter at a time and choose its training pictures with --defect"
     )
 
 
@@ -61,10 +70,12 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """JSON, all of it or nothing. Raises OutputError."""
+    """Write JSON, whole or not at all. Raises OutputError."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", "utf-8")
         partial.replace(path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}): choose another file"
+        ) from error
