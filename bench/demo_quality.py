@@ -14,13 +14,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine import recipe
 from dualdiff_engine.demo.presets import BASE, PRESETS, Preset, find
 from dualdiff_engine.errors import DataError
 from dualdiff_engine.evaluation import records, report
 from dualdiff_engine.evaluation.data import Sample, find_pairs
 from dualdiff_engine.evaluation.downstream import METRICS, Options, run
 from dualdiff_engine.evaluation.tasks import factory_task, training_samples
+from dualdiff_engine.pair import versions
 
 COUNT = 60
 # pairs that share the surroundings of one good part
@@ -113,7 +113,7 @@ def _add_downstream(file: Path, preset: Preset, pairs: list[Sample], options: Op
     arms = report.overall(tasks)
     closed = {metric: report.gap_closed(arms, metric) for metric in METRICS}
     summary = {"arms": arms, "gap_closed": closed}
-    records.write(file, {"versions": recipe.versions(), "overall": summary, "tasks": tasks})
+    records.write(file, {"versions": versions(), "overall": summary, "tasks": tasks})
 
 
 def _ordered(found: Mapping[str, Any]) -> dict[str, Any]:

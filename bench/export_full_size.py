@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from dualdiff_engine import memory
 from dualdiff_engine.bench import machine
 from dualdiff_engine.bench.step import random_base
 from dualdiff_engine.bench.step.case import RandomWeights, random_adapter
 from dualdiff_engine.bench.step.workers import peak_bytes, reset_peak
+from dualdiff_engine.device import release_freed_blocks
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import DualDiffError
 
@@ -43,7 +43,7 @@ class Parts:
         self.end()
         print(name, file=sys.stderr, flush=True)
         # what a part holds is counted, not what the one before has let go
-        memory.release_freed_blocks()
+        release_freed_blocks()
         reset_peak(CPU)
         self._name, self._start, self._worked = name, time.perf_counter(), time.process_time()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.settings import size_from_text
 
 if TYPE_CHECKING:
     from dualdiff_engine.export.graph.write import Options
@@ -70,15 +71,12 @@ def _options(
     _require("onnx", "onnxscript", "onnxruntime")
     from dualdiff_engine.export.graph.write import Options
 
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size or "0")
-    if match is None:
-        raise SettingsError(f"--size must be 512 or 512x768 (HEIGHTxWIDTH), got {size!r}")
-    height, width = int(match[1]), int(match[2] or match[1])
+    height, width = size_from_text(size) if size else (None, None)
     return Options(
         precision=precision,
         opset=opset,
-        height=height or None,
-        width=width or None,
+        height=height,
+        width=width,
         dynamic_size=dynamic,
         max_batch=most,
         batches=_numbers(batches),

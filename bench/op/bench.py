@@ -22,12 +22,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dualdiff_engine import memory, ops, request
+from dualdiff_engine import ops
 from dualdiff_engine.bench import clock, machine
 from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace, work
 from dualdiff_engine.bench.step import measure, report
 from dualdiff_engine.bench.step.case import MODELS, SCALE, WHY
+from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
 from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.ops import proof
 
 RED = "test red: not reported"
 PLAIN = "eager"
@@ -47,7 +49,7 @@ Run = Callable[[], Tensor]
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact).norm() / exact.norm())
+    return proof.loss(actual, exact).whole
 
 
 def variants(case: Problem, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
@@ -56,7 +58,7 @@ def variants(case: Problem, device: torch.device, dtype: torch.dtype) -> dict[st
     for name, function in case.libraries.items():
         found[name] = partial(function, *case.arguments)
     for backend in ops.BACKENDS:
-        if ops.backend_module(backend).supported(case.spec.op, device, dtype)[0]:
+        if ops.serves(backend, case.spec.op, device, dtype)[0]:
             found[backend] = partial(ops.backend_op(backend, case.spec.op), *case.arguments)
     return found
 
@@ -79,9 +81,7 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-def reason(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+reason = proof.first_line
 
 
 def check(case: Problem, runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
@@ -89,11 +89,7 @@ def check(case: Problem, runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     dtype = next(x.dtype for x in case.arguments if isinstance(x, Tensor))
     exact = case.plain(*case.sample(torch.float64))
     eager = case.plain(*case.sample(dtype))
-    # Partial sums of K independent terms grow as the root of their number, and each is rounded,
-    # with a variance of a third of half a unit squared: together u sqrt(K / 6) of the result.
-    in_turn = torch.finfo(torch.float32).eps / 2 * math.sqrt(case.terms / 6)
-    # storing the result alone costs up to half a unit in the last place
-    budget = max(relative(eager, exact), in_turn) + torch.finfo(eager.dtype).eps / 2
+    budget = proof.budget(eager, exact, proof.terms(case.spec.op, case.arguments)).whole
     checked: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         try:
@@ -254,9 +250,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
-    device = request.device_of(options.device)
+    device = device_of(options.device)
     on_gpu = device.type == "cuda"
-    dtype = request.dtype_of(options.dtype or ("bfloat16" if on_gpu else "float32"), device)
+    dtype = dtype_of(options.dtype or ("bfloat16" if on_gpu else "float32"), device)
     model = options.model or ("sd15" if on_gpu else "demo")
     pairs = options.batch if options.batch is not None else (32 if on_gpu else 1)
     chosen = [name.strip() for name in options.ops.split(",")]
@@ -272,7 +268,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"preset {model}: {WHY[model]}", flush=True)
     if not on_gpu:
         # as an engine does
-        memory.keep_freed_blocks()
+        keep_freed_blocks()
     found = run(
         calls, device, dtype, rounds=options.rounds,
         compile=on_gpu if options.compile is None else options.compile,

@@ -27,6 +27,7 @@ from dualdiff_engine.bench.step.case import (
 from dualdiff_engine.bench.step.ported import PortedUNet, merged, sdpa
 from dualdiff_engine.bench.step.released import ReleasedUNet
 from dualdiff_engine.errors import BackendError
+from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, triton, xformers
@@ -192,9 +193,9 @@ class Engine:
         unet = DualUNet(network_config(case.model), self.ops, background=case.background)
         if not counted:
             unet.load(folded_tensors(case.model, case.seed, case.background, device, dtype))
-        self.time_bias = unet.time_bias(case.timesteps.to(device))
-        self.text = unet.text_projections(self.inputs["context"].to(dtype))
-        self.unet = GraphedDenoiser(unet) if self.graphed and not counted else unet
+        self.time_bias = unet.time_inputs(case.timesteps.to(device))
+        self.text = unet.text_inputs(self.inputs["context"].to(dtype))
+        self.unet: Denoiser = GraphedDenoiser(unet) if self.graphed and not counted else unet
         self.kept: dict[int, Sequence[Tensor]] = {}
 
     @classmethod
@@ -257,8 +258,8 @@ class Exported(Engine):
             max_batch=case.batch,
         )
         self.ops, self.unet = self.engine.ops, self.engine.denoiser
-        self.time_bias = self.engine.unet.time_bias(case.timesteps.to(device))
-        self.text = self.engine.unet.text_projections(self.inputs["context"])
+        self.time_bias = self.unet.time_inputs(case.timesteps.to(device))
+        self.text = self.unet.text_inputs(self.inputs["context"])
         self.kept = {}
 
     @classmethod

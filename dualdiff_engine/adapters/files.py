@@ -7,7 +7,6 @@ that `torch.save` writes, referring to nothing but tensors. `adapters.format` re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -19,7 +18,7 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualdiff_engine.errors import AdapterError, OutputError
+from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.files import sha256_of, written_whole
 
 STEM = "pytorch_lora_weights"
 
@@ -128,24 +128,16 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def sha256(path: Path) -> str:
-    with _readable(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with _readable(path):
+        return sha256_of(path)
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write `.safetensors` so that a crash leaves the old file or none. Raises OutputError."""
-    partial = path.with_name(path.name + ".partial")
     # safetensors refuses shared memory, and would lose the sign of a negated view
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
         save_file(own, partial, {"format": "pt"})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error}): choose another folder") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _check_header(path: Path) -> None:

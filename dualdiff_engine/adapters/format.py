@@ -359,21 +359,45 @@ def check_fits(
         raise AdapterError(f"text_encoder.{missing[0]} is missing: {_INCOMPLETE}")
 
 
-def summary(adapter: Adapter) -> dict[str, object]:
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What is known of an adapter without its tensors; JSON-ready through `asdict`.
+
+    file: its path. rank: of all LoRA. sites: how many. background: whether it needs one. blend: the
+    learnt share of the background per site. text_encoder_layers: how many carry LoRA.
+    context_width: of the prompts that it reads. base: the family of base models that it fits.
+    """
+
+    file: str
+    sha256: str
+    branches: list[str]
+    rank: int
+    sites: int
+    background: bool
+    blend: dict[str, float]
+    text_encoder_layers: int
+    parameters: int
+    context_width: list[int]
+    base: str
+
+
+def summary(adapter: Adapter) -> AdapterSummary:
     """What `dualdiff inspect` shows."""
-    widths = {s.lora[0]["k"].down.shape[1] for n, s in adapter.sites.items() if n.endswith("attn2")}
+    widths = sorted(
+        {s.lora[0]["k"].down.shape[1] for n, s in adapter.sites.items() if n.endswith("attn2")}
+    )
     families = {768: "SD-1.x", 1024: "SD-2.x"}
     blends = {n: s.background for n, s in adapter.sites.items() if s.background is not None}
-    return {
-        "file": adapter.source,
-        "sha256": adapter.sha256,
-        "branches": list(BRANCHES),
-        "rank": adapter.rank,
-        "sites": len(adapter.sites),
-        "background": adapter.has_background,
-        "blend": {name: float(blend.amount.to(torch.float64)) for name, blend in blends.items()},
-        "text_encoder_layers": len(adapter.text),
-        "parameters": adapter.parameters,
-        "context_width": sorted(widths),
-        "base": ", ".join(families.get(w, f"a model with text width {w}") for w in sorted(widths)),
-    }
+    return AdapterSummary(
+        file=adapter.source,
+        sha256=adapter.sha256,
+        branches=list(BRANCHES),
+        rank=adapter.rank,
+        sites=len(adapter.sites),
+        background=adapter.has_background,
+        blend={name: float(blend.amount.to(torch.float64)) for name, blend in blends.items()},
+        text_encoder_layers=len(adapter.text),
+        parameters=adapter.parameters,
+        context_width=widths,
+        base=", ".join(families.get(w, f"a model with text width {w}") for w in widths),
+    )

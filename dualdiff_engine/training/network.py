@@ -76,7 +76,7 @@ class TrainableNetwork:
 
     def encode(self, prompts: list[str]) -> Tensor:
         """[len(prompts), L, X] fp32, with the text encoder's LoRA if it is trained."""
-        return self.text.encode(prompts, self.text.fold(self._text_lora))
+        return self.text.encode(self.text.tokenize(prompts), self.text.fold(self._text_lora))
 
     def __call__(
         self,

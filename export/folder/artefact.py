@@ -22,7 +22,6 @@ OPSETS = (18, 19, 20, 21, 22, 23)
 # where folded adapters lie beside the graphs
 ADAPTERS = "adapters"
 # what makes a folder a bundle
-MANIFEST = "bundle.json"
 # what is in the batch, in words, for whoever reads the file without our code
 LAYOUTS = {
     "denoiser": "latents [branch, batch, 4, h, w]; context [branch, row, token, width]; noise "

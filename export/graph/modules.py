@@ -96,7 +96,7 @@ class NetworkGraph(nn.Module):
         # every library of exponentials rounds in its own way
         self.frequencies = frequencies(unet.config, "cpu")
 
-    def time_bias(self, timestep: Tensor) -> Sequence[Tensor]:
+    def time_inputs(self, timestep: Tensor) -> Sequence[Tensor]:
         return self.unet.embedded_bias(timestep, self.frequencies.to(timestep.device))[0]
 
 
@@ -108,8 +108,8 @@ class DenoiserGraph(NetworkGraph):
     ) -> Tensor:
         """timestep [1], context [2, R, L, X], background per self site [R, S, 2·C] -> noise."""
         unet = self.unet
-        text = unet.text_projections(context.to(unet.conv_in.weight.dtype))
-        bias = self.time_bias(timestep)
+        text = unet.text_inputs(context.to(unet.conv_in.weight.dtype))
+        bias = self.time_inputs(timestep)
         return unet(latents.unsqueeze(1), bias, text, background or None).float()
 
 
@@ -122,8 +122,8 @@ class BackgroundGraph(NetworkGraph):
         Shares stay in the network's precision: only the denoiser reads them.
         """
         unet = self.unet
-        text = unet.text_projections(context[None].to(unet.conv_in.weight.dtype))
-        bias = self.time_bias(timestep)
+        text = unet.text_inputs(context[None].to(unet.conv_in.weight.dtype))
+        bias = self.time_inputs(timestep)
         return tuple(unet.background_shares(latents, bias, text))
 
 

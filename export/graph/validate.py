@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import tempfile
@@ -25,6 +24,7 @@ from dualdiff_engine.export.graph import probe
 from dualdiff_engine.export.graph.widen import widened
 from dualdiff_engine.export.run.denoiser import initializers
 from dualdiff_engine.export.run.onnx_session import Session, onnxruntime
+from dualdiff_engine.files import sha256_of
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import bind
 
@@ -67,7 +67,7 @@ def validate(
     """
     report = read_report(folder)
     report["runtime"] = f"onnxruntime {onnxruntime().__version__}, CPU"
-    background = bool(engine.active.summary["background"])
+    background = bool(engine.active.summary.background)
     other = "denoiser" if background else "denoiser_background"
     adapter = folder / ADAPTERS / f"{file}.safetensors"
     read = {path.stem: Artefact.read(path) for path in sorted(folder.glob("*.onnx"))}
@@ -83,7 +83,11 @@ def validate(
         row = _validate_graph(engine, path, artefact, batches, changed)
         about = report.setdefault("graphs", {}).setdefault(artefact.graph, {})
         kinds = Counter(node.op_type for node in model.graph.node)
-        about |= {"sha256": sha256(path), "nodes": kinds.total(), "attentions": kinds["Attention"]}
+        about |= {
+            "sha256": sha256_of(path),
+            "nodes": kinds.total(),
+            "attentions": kinds["Attention"],
+        }
         about.setdefault("adapters", {})[file] = row
         report["artefact"] = _shared(artefact)
         worst = max(case["error"] for case in row["cases"])
@@ -101,11 +105,6 @@ def validate(
 def read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shared(artefact: Artefact) -> dict[str, Any]:
@@ -210,7 +209,7 @@ def _normed(vae: Any, artefact: Artefact) -> list[float]:
         if artefact.graph == "vae_decoder":
             shadow.decode(torch.empty(1, 4, height, width, device="meta"))
         else:
-            scale = 2 ** (len(vae.config.block_out_channels) - 1)
+            scale = 2 ** (len(shadow.config.block_out_channels) - 1)
             shadow.encode(torch.empty(1, 3, scale * height, scale * width, device="meta"))
         totals.append(found)
     return totals
@@ -235,8 +234,8 @@ def _call(unet: DualUNet, rows: int, tokens: int, draw: torch.Generator) -> dict
     return {
         "timestep": timestep,
         "context": context,
-        "bias": unet.time_bias(timestep)[0],
-        "text": unet.text_projections(context.to(unet.conv_in.weight.dtype)),
+        "bias": unet.time_inputs(timestep)[0],
+        "text": unet.text_inputs(context.to(unet.conv_in.weight.dtype)),
     }
 
 
@@ -289,7 +288,7 @@ def _decoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iter
 
 
 def _encoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
-    scale = engine.pixels_per_latent
+    scale = engine.base.pixels_per_latent
     for seed, (pictures, size) in enumerate((n, s) for s in _sizes(artefact) for n in (1, 2)):
         shape = (pictures, 3, *(scale * side for side in size))
         picture = torch.rand(shape, generator=_draw(seed)) * 2 - 1

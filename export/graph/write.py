@@ -26,7 +26,6 @@ import onnx_ir.passes.common as common
 import torch
 from torch import Tensor
 
-from dualdiff_engine import recipe
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.export.folder import folded, weight_files
@@ -44,6 +43,7 @@ from dualdiff_engine.export.graph import (
 )
 from dualdiff_engine.export.graph.modules import Graph, Size
 from dualdiff_engine.export.graph.trace import Traced, check_opset, trace
+from dualdiff_engine.pair import versions
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 NETWORK = "network.safetensors"
@@ -143,13 +143,13 @@ class Exporter:
     def __init__(self, engine: Engine, folder: Path, options: Options, say: Say) -> None:
         self.engine, self.folder, self.options, self.say = engine, folder, options, say
         self.name = file_name(engine.active_adapter or "")
-        self.background = bool(engine.active.summary["background"])
+        self.background = engine.active.summary.background
         self.dtype: torch.dtype = getattr(torch, options.precision)
         self.size = self._size()
 
     def _size(self) -> Size:
         engine, options = self.engine, self.options
-        step = engine.pixels_per_latent
+        step = engine.base.pixels_per_latent
         side = engine.base.sample_size * step
         height, width = options.height or side, options.width or side
         if height % step or width % step:
@@ -196,7 +196,7 @@ class Exporter:
     def _makers(self) -> dict[str, Callable[[], Graph]]:
         """What this adapter needs."""
         engine, size, background = self.engine, self.size, self.background
-        text, vae, scale = engine.text_encoder, engine.vae, engine.pixels_per_latent
+        text, vae, scale = engine.text_encoder, engine.vae, engine.base.pixels_per_latent
 
         def network(branches: int) -> Any:
             own = exchange.as_operator if self.options.exchange_operator else None
@@ -296,11 +296,11 @@ class Exporter:
             width=size.width,
             dynamic_size=size.dynamic,
             base=folded.base_record(base),
-            adapter={"name": engine.active_adapter, "sha256": summary["sha256"]},
+            adapter={"name": engine.active_adapter, "sha256": summary.sha256},
             layout=LAYOUTS[graph.name],
             scheduler=dict(base.scheduler.config),
             scaling_factor=float(engine.vae.config.scaling_factor),
-            versions={**recipe.versions(), "onnx": onnx.__version__},
+            versions={**versions(), "onnx": onnx.__version__},
             transposed=[name for name, turned in traced.weights.items() if turned],
             adapter_weights=[n for n in traced.weights if self._base_file(graph.name, n) is None],
         )
