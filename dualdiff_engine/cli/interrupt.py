@@ -1,4 +1,4 @@
-"""Ctrl-C that ends a long command cleanly."""
+"""Let Ctrl-C end a long command cleanly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def clean_stop(interrupt: Callable[[], None] = lambda: None) -> Iterator[Event]:
     stopped = Event()
 
     def stop(*_: object) -> None:
-        # not what was there before: a job in the background starts with SIGINT ignored
+        # not the handler from before: a job in the background starts with SIGINT ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stopped.set()
         interrupt()

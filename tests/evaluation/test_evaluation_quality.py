@@ -268,7 +268,7 @@ def test_real_pictures_and_good_ones_are_checked(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--out", "/no/such/folder/x.json"], "choose a file in a folder that exists"),
-        (["--defect", "dent"], "choose from --train"),
+        (["--defect", "dent"], "select from --train"),
         (["--vgg", "x.pth"], "pass --train"),
         (["--inception", "x.pth"], ""),
     ],
