@@ -73,9 +73,9 @@ def run(folder: Path, *, opset: int = 23, rtx_target: str | None = None) -> dict
     rtx_target: also write the denoiser in float16, and have TensorRT-RTX build it for this compute
     capability.
     """
-    from dualdiff_engine.export.graph.write import Options, export_onnx
+    from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 
-    facts, options, parts = machine.facts(CPU), Options(opset=opset, batches=(1,)), Parts()
+    facts, options, parts = machine.facts(CPU), ExportOptions(opset=opset, batches=(1,)), Parts()
     parts("writing the base model")
     base = random_base.write_base(folder / "base", MODEL, SEED, full=True, dtype=torch.float16)
     parts("loading the engine")
@@ -126,10 +126,10 @@ def _write_half(engine: Engine, folder: Path, parts: Parts) -> None:
 
     The text encoder too, as the adapter is read for both.
     """
-    from dualdiff_engine.export.graph.write import Exporter, Options
+    from dualdiff_engine.export.graph.write import Exporter, ExportOptions
 
     folder.mkdir()
-    exporter = Exporter(engine, folder, Options(precision="float16"), parts)
+    exporter = Exporter(engine, folder, ExportOptions(precision="float16"), parts)
     exporter.write({"denoiser", "text_encoder"})
     parts.end()
 

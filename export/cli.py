@@ -13,7 +13,7 @@ from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.settings import size_from_text
 
 if TYPE_CHECKING:
-    from dualdiff_engine.export.graph.write import Options
+    from dualdiff_engine.export.graph.write import ExportOptions
 
 export = typer.Typer(help="Export to ONNX, TensorRT, bundles and model repositories.")
 
@@ -75,12 +75,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _options(
     precision: str, opset: int, size: str | None, dynamic: bool, most: int, batches: str, own: bool
-) -> Options:
+) -> ExportOptions:
     _require("onnx", "onnxscript", "onnxruntime")
-    from dualdiff_engine.export.graph.write import Options
+    from dualdiff_engine.export.graph.write import ExportOptions
 
     height, width = size_from_text(size) if size else (None, None)
-    return Options(
+    return ExportOptions(
         precision=precision,
         opset=opset,
         height=height,

@@ -17,11 +17,11 @@ from dualdiff_engine.export.folder.folded import read_adapters
 from dualdiff_engine.export.graph import exchange_operator as exchange
 from dualdiff_engine.export.graph import write
 from dualdiff_engine.export.graph.validate import REPORT
-from dualdiff_engine.export.graph.write import Exporter, Options
+from dualdiff_engine.export.graph.write import Exporter, ExportOptions
 from dualdiff_engine.export.trt import engine_file
 from dualdiff_engine.files import sha256_of
 
-FORMAT = 1
+BUNDLE_FORMAT = 1
 # what a tokenizer, scheduler or network is configured by
 _CONFIGS = ("tokenizer/*", "scheduler/*.json", "unet/config.json", "vae/config.json")
 Say = Callable[[str], None]
@@ -31,7 +31,7 @@ def write_bundle(
     base: str | Path,
     adapters: Sequence[str | Path],
     out: str | Path,
-    options: Options | None = None,
+    options: ExportOptions | None = None,
     *,
     allow_pickle: bool = False,
     say: Say = lambda line: None,
@@ -66,7 +66,7 @@ def write_bundle(
             for adapter in adapters[1:]:
                 engine.load_adapter(adapter, allow_pickle=allow_pickle)
             engine.set_adapter(first)
-            write.write_folder(engine, folder, options or Options(), say)
+            write.write_folder(engine, folder, options or ExportOptions(), say)
             _copy_configs(engine.base.folder, folder)
         return write_manifest(folder, first)
 
@@ -100,7 +100,7 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
         if file.is_file() and file != path and not engine_file.belongs(file)
     }
     manifest = {
-        "format": FORMAT,
+        "format": BUNDLE_FORMAT,
         "version": dualdiff_engine.__version__,
         "base": dict(one.base),
         "first": first,
@@ -124,9 +124,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / BUNDLE
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] != BUNDLE_FORMAT:
             raise BackendError(
-                f"{path} has format {manifest['format']}, this release reads {FORMAT}: write the "
+                f"{path} has format {manifest['format']}, this release reads "
+                f"{BUNDLE_FORMAT}: write the "
                 "bundle again"
             )
         for name, about in manifest["files"].items():
@@ -190,7 +191,7 @@ def add_adapter(
             )
         name = engine.load_adapter(adapter, name, allow_pickle=allow_pickle)
         scale = engine.base.pixels_per_latent
-        options = Options(
+        options = ExportOptions(
             one.precision, one.opset, one.height * scale, one.width * scale, one.dynamic_size,
             one.max_batch, exchange_operator=any(map(exchange.is_kept, folder.glob("*.onnx"))),
         )  # fmt: skip

@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckedCall:
     """Inputs of a graph, what the engine's own network makes of them, and what they are."""
 
     about: dict[str, int]
@@ -159,7 +159,7 @@ def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _cases(
     engine: Engine, unet: DualUNet, artefact: Artefact, batches: Sequence[int]
-) -> Iterator[Case]:
+) -> Iterator[CheckedCall]:
     """The same inputs whatever network says what is expected."""
     if artefact.graph in _NETWORK:
         tokens = engine.text_encoder.tokenizer.model_max_length
@@ -242,7 +242,7 @@ def _call(unet: DualUNet, rows: int, tokens: int, draw: torch.Generator) -> dict
 
 def _denoiser_cases(
     unet: DualUNet, artefact: Artefact, batches: Sequence[int], tokens: int
-) -> Iterator[Case]:
+) -> Iterator[CheckedCall]:
     """Every batch with guidance, the first without."""
     dtype = getattr(torch, artefact.precision)
     wanted = [(batch, 2, size) for size in _sizes(artefact) for batch in batches]
@@ -257,56 +257,56 @@ def _denoiser_cases(
             shares = unet.background_shares(noised, call["bias"], call["text"])
             inputs |= {f"background_{i}": share.to(dtype) for i, share in enumerate(shares)}
         noise = unet(latents.unsqueeze(1), call["bias"], call["text"], shares)
-        yield Case(_about(size, batch=batch, rows=rows), inputs, [noise])
+        yield CheckedCall(_about(size, batch=batch, rows=rows), inputs, [noise])
 
 
 def _background_cases(
     unet: DualUNet, artefact: Artefact, _: Sequence[int], tokens: int
-) -> Iterator[Case]:
+) -> Iterator[CheckedCall]:
     for seed, (rows, size) in enumerate((r, s) for s in _sizes(artefact) for r in (2, 1)):
         draw = _draw(seed)
         call = _call(unet, rows, tokens, draw)
         latents = torch.randn(rows, 4, *size, generator=draw)
         shares = unet.background_shares(latents, call["bias"], call["text"])
         inputs = {"latents": latents, "timestep": call["timestep"], "context": call["context"][0]}
-        yield Case(_about(size, rows=rows), inputs, shares)
+        yield CheckedCall(_about(size, rows=rows), inputs, shares)
 
 
-def _text_cases(engine: Engine, _: Artefact, batches: Sequence[int]) -> Iterator[Case]:
+def _text_cases(engine: Engine, _: Artefact, batches: Sequence[int]) -> Iterator[CheckedCall]:
     text = engine.text_encoder
     shape = (text.tokenizer.model_max_length,)
     for seed, prompts in enumerate(batches):
         ids = torch.randint(0, len(text.tokenizer), (prompts, *shape), generator=_draw(seed))
         hidden = torch.func.functional_call(text.encoder, dict(engine.active.text), (ids,))[0]
-        yield Case({"prompts": prompts}, {"input_ids": ids}, [hidden])
+        yield CheckedCall({"prompts": prompts}, {"input_ids": ids}, [hidden])
 
 
-def _decoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+def _decoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[CheckedCall]:
     for seed, (pictures, size) in enumerate((n, s) for s in _sizes(artefact) for n in (1, 2)):
         latents = torch.randn(pictures, 4, *size, generator=_draw(seed))
         expected = engine.vae.decode(latents).sample
-        yield Case(_about(size, pictures=pictures), {"latent_sample": latents}, [expected])
+        yield CheckedCall(_about(size, pictures=pictures), {"latent_sample": latents}, [expected])
 
 
-def _encoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+def _encoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[CheckedCall]:
     scale = engine.base.pixels_per_latent
     for seed, (pictures, size) in enumerate((n, s) for s in _sizes(artefact) for n in (1, 2)):
         shape = (pictures, 3, *(scale * side for side in size))
         picture = torch.rand(shape, generator=_draw(seed)) * 2 - 1
         expected = engine.vae.encode(picture).latent_dist.mean
-        yield Case(_about(size, pictures=pictures), {"sample": picture}, [expected])
+        yield CheckedCall(_about(size, pictures=pictures), {"sample": picture}, [expected])
 
 
 def _about(size: tuple[int, int], **counts: int) -> dict[str, int]:
     return {**counts, "height": size[0], "width": size[1]}
 
 
-_NETWORK: dict[str, Callable[[DualUNet, Artefact, Sequence[int], int], Iterator[Case]]] = {
+_NETWORK: dict[str, Callable[[DualUNet, Artefact, Sequence[int], int], Iterator[CheckedCall]]] = {
     "denoiser": _denoiser_cases,
     "denoiser_background": _denoiser_cases,
     "background_encoder": _background_cases,
 }
-_OTHERS: dict[str, Callable[[Engine, Artefact, Sequence[int]], Iterator[Case]]] = {
+_OTHERS: dict[str, Callable[[Engine, Artefact, Sequence[int]], Iterator[CheckedCall]]] = {
     "text_encoder": _text_cases,
     "vae_decoder": _decoder_cases,
     "vae_encoder": _encoder_cases,

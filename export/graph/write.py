@@ -52,7 +52,7 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How to export.
 
     Args:
@@ -94,7 +94,10 @@ class Options:
 
 
 def export_onnx(
-    engine: Engine, out: str | Path, options: Options | None = None, say: Say = lambda line: None
+    engine: Engine,
+    out: str | Path,
+    options: ExportOptions | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Export an engine's networks as ONNX, with every resident adapter.
 
@@ -116,10 +119,10 @@ def export_onnx(
         BackendError: a graph differs from the engine's network by more than its tolerance.
     """
     with new_folder(Path(out)) as folder:
-        return write_folder(engine, folder, options or Options(), say)
+        return write_folder(engine, folder, options or ExportOptions(), say)
 
 
-def write_folder(engine: Engine, folder: Path, options: Options, say: Say) -> dict[str, Any]:
+def write_folder(engine: Engine, folder: Path, options: ExportOptions, say: Say) -> dict[str, Any]:
     """`export_onnx` into a folder that is there. The engine's active adapter comes first."""
     if engine.dtype != torch.float32 or engine.device.type != "cpu":
         raise SettingsError(
@@ -164,7 +167,7 @@ def file_name(adapter: str) -> str:
 class Exporter:
     """Adds the engine's active adapter to a folder, and the graphs that it needs."""
 
-    def __init__(self, engine: Engine, folder: Path, options: Options, say: Say) -> None:
+    def __init__(self, engine: Engine, folder: Path, options: ExportOptions, say: Say) -> None:
         self.engine, self.folder, self.options, self.say = engine, folder, options, say
         self.name = file_name(engine.active_adapter or "")
         self.background = engine.active.summary.background

@@ -23,7 +23,7 @@ from torch import Tensor
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.files import sha256_of, write_whole
 
-FORMAT = 1
+ENGINE_FORMAT = 1
 # a manifest is a page; more is not one
 MOST_MANIFEST_BYTES = 1 << 20
 SUFFIX, TIMING_CACHE = ".plan", "timing.cache"
@@ -54,7 +54,7 @@ class Manifest:
     refittable: bool
     weights_sha256: str
     plugins: list[str] = field(default_factory=list)
-    format: int = FORMAT
+    format: int = ENGINE_FORMAT
 
 
 def name_of(graph: str, targets: Sequence[str]) -> str:
@@ -183,7 +183,7 @@ def _check_place(path: Path, manifest: Manifest, flavour: str, version: str) -> 
     graph, here = path.parent / f"{manifest.graph}.onnx", this_gpu(required=False) or "none"
     found = sha256_of(graph) if graph.is_file() else "no such file"
     claims = {
-        "format": (manifest.format, FORMAT),
+        "format": (manifest.format, ENGINE_FORMAT),
         "flavour": (manifest.flavour, flavour),
         f"{flavour} version": (manifest.version, version),
         f"hash of {graph.name}": (manifest.graph_sha256, found),
