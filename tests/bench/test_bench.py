@@ -94,7 +94,7 @@ def test_tables(record: dict[str, Any]) -> None:
         (["--size", "65"], "--size a multiple of 8"),
         (["--steps", "0"], "--steps must be 1 to 1000"),
         (["--guidance", "1"], "--guidance must be above 1"),
-        (["--dtype", "int8"], "no dtype 'int8': choose from float32"),
+        (["--dtype", "int8"], "no dtype 'int8': choose one of float32"),
         (["--dtype", "float16", "--device", "cpu"], "float16 on a CPU is emulated"),
         (["--peers", "engine,tensorflow"], "no peer 'tensorflow'"),
         (["--peers", "engine-fresh"], "only with --background"),
