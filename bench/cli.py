@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         "dualdiff-bench",
         description="Time one denoiser step of a batch of pairs: the engine, the released "
         "computation and plain diffusers, interleaved in one run.",
-        epilog="dualdiff-bench ops: time every op of a step. dualdiff-bench roofline: count the least "
-        "time that a step can take. Each has its own --help.",
+        epilog="dualdiff-bench ops: time every op of a step. dualdiff-bench roofline: count "
+        "the least time that a step can take. Each has its own --help.",
     )
     p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
     p.add_argument(
