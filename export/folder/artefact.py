@@ -42,7 +42,7 @@ class Artefact:
     height, width: latent size, an example where `dynamic_size`. transposed: weights stored with
     their last two axes exchanged. adapter_weights: those that another adapter replaces, under the
     same names. adapter: the one
-    whose tensors lie beside the graph. versions: of what wrote it.
+    whose tensors lie next to the graph. versions: of the packages that wrote it.
     """
 
     graph: str

@@ -62,7 +62,7 @@ def validate(
     """Run the graphs that the engine's active adapter uses against the engine; returns the report.
 
     file: the adapter's stem in the folder. fresh: graphs that were traced with this adapter; others
-    get its tensors in place of their own. Report and probe are written beside the graphs.
+    get its tensors in place of their own. Report and probe are written next to the graphs.
     Raises BackendError when a graph misses its tolerance.
     """
     report = read_report(folder)

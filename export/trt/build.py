@@ -208,7 +208,7 @@ class _Builder:
         typed = getattr(flags, "STRONGLY_TYPED", None)
         network = self.builder.create_network(0 if typed is None else 1 << int(typed))
         parser = trt.OnnxParser(network, self.logger)
-        # by path: weights lie in files beside the graph
+        # by path: weights lie in files next to the graph
         if not parser.parse_from_file(str(path)):
             errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
             raise BackendError(f"{self.flavour} could not parse {path}: {errors}")

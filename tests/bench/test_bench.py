@@ -97,7 +97,7 @@ def test_tables(record: dict[str, Any]) -> None:
         (["--dtype", "int8"], "no dtype 'int8': choose one of float32"),
         (["--dtype", "float16", "--device", "cpu"], "float16 on a CPU is emulated"),
         (["--peers", "engine,tensorflow"], "no peer 'tensorflow'"),
-        (["--peers", "engine-fresh"], "only with --background"),
+        (["--peers", "engine-fresh"], "engine-fresh needs --background"),
         (["--device", "tpu"], "no device 'tpu'"),
         (["--output-json", "no/such/folder/r.json"], "no folder 'no/such/folder'"),
     ],
