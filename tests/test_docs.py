@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from dualdiff_engine import errors
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -85,3 +88,12 @@ def test_every_option_that_a_page_names_exists() -> None:
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text("utf-8")):
             if named.get(option) != str(page.relative_to(ROOT)):
                 assert option in known, f"{page.name}: {option}"
+
+
+def test_the_table_of_errors_is_complete() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `(\w+Error)` \| `(\w+)` \|", page, re.MULTILINE))
+    own = {error.__name__: error for error in errors.DualDiffError.__subclasses__()}
+    assert rows.keys() == own.keys()
+    for name, other in rows.items():
+        assert issubclass(own[name], getattr(builtins, other)), name
