@@ -60,9 +60,9 @@ class Engine:
         self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
         self.max_batch = max_batch
         self.text_encoder = text_encoder or TextEncoder(*base.load_text())
-        # half precision overflows in this VAE's decoder
-        half = dtype == torch.float16
-        self.vae = vae or base.load_vae(device, torch.float32 if half else dtype)
+        # fp16 overflows in this decoder; bf16 that is computed in fp32 gains nothing by rounding
+        wide = dtype == torch.float16 or ops.widened
+        self.vae = vae or base.load_vae(device, torch.float32 if wide else dtype)
         self.unet = unet or DualUNet(base.unet_config, ops, background=True)
         # what the loop calls: the network, or its captured graphs
         self.denoiser: DualUNet | GraphedDenoiser = self.unet

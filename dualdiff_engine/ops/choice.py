@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
@@ -38,9 +39,16 @@ class Ops:
     geglu: Callable[..., Tensor]
     guided_step: Callable[..., Tensor]
     table: tuple[Choice, ...]
+    # not chosen on its own: whoever multiplies matrices in fp32 convolves in fp32
+    convolution: Callable[..., Tensor] = F.conv2d
+
+    @property
+    def widened(self) -> bool:
+        """Whether bf16 is computed in fp32, for want of instructions."""
+        return any(row.backend == "widened" for row in self.table)
 
 
-NAMES = tuple(field.name for field in fields(Ops) if field.name != "table")
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("table", "convolution"))
 
 
 def backend_module(name: str) -> ModuleType:
@@ -124,4 +132,14 @@ def bind(
         _, _, why = missed[0].reason.partition("; ")
         raise BackendError(f"backend {named!r} cannot be used: {why}")
     bound = {row.op: backend_op(row.backend, row.op) for row in table}
-    return Ops(**bound, table=table)
+    ops = Ops(**bound, table=table)
+    return replace(ops, convolution=_convolution()) if ops.widened else ops
+
+
+def _convolution() -> Callable[..., Tensor]:
+    """In fp32, where it is right. Raises BackendError."""
+    widened = backend_op("widened", "convolution")
+    verdict = proof.prove(widened, "convolution", torch.device("cpu"), torch.bfloat16)
+    if not verdict.ok:
+        raise BackendError(f"no backend runs convolutions in bfloat16: {verdict.reason}")
+    return widened

@@ -118,6 +118,17 @@ def exchange(
     return linear(mixed, value_weight, value_bias, residual).add_(input)
 
 
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+) -> Tensor:
+    """Of maps [N, C, h, w] channels-last by weight [D, C, k, k], bias [D] -> [N, D, h', w']."""
+    return F.conv2d(input, weight, bias, stride, padding)
+
+
 def group_norm_silu(
     input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
