@@ -142,11 +142,11 @@ def _run(options: argparse.Namespace) -> None:
             raise SettingsError(f"no folder {str(path.parent)!r} to write {path.name} to: make it")
     import torch
 
-    from dualdiff_engine import request
     from dualdiff_engine.bench.step import measure, peers, report
     from dualdiff_engine.bench.step.case import WHY
+    from dualdiff_engine.device import device_of
 
-    device = request.device_of(options.device)
+    device = device_of(options.device)
     on_gpu = device.type == "cuda"
     case, entries = _case(options, on_gpu), _entries(options, on_gpu)
     for entry in entries:

@@ -14,13 +14,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine import recipe
 from dualdiff_engine.demo.presets import BASE, PRESETS, Preset, find
 from dualdiff_engine.errors import DataError
 from dualdiff_engine.evaluation import records, report
 from dualdiff_engine.evaluation.data import Sample, find_pairs
-from dualdiff_engine.evaluation.downstream import METRICS, Options, run
+from dualdiff_engine.evaluation.downstream import METRICS, DownstreamOptions, run
 from dualdiff_engine.evaluation.tasks import factory_task, training_samples
+from dualdiff_engine.pair import versions
 
 COUNT = 60
 # pairs that share the surroundings of one good part
@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="PART/DEFECT")
     parser.add_argument("--count", type=int, default=COUNT, help="pairs per adapter")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(Options().seeds))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(DownstreamOptions().seeds))
     given = parser.parse_args(arguments)
-    options = Options(steps=given.steps, seeds=tuple(given.seeds), size=SIZE)
+    options = DownstreamOptions(steps=given.steps, seeds=tuple(given.seeds), size=SIZE)
     presets = [find(name) for name in given.only] or list(PRESETS.values())
     files = {kind: given.out / f"{kind}.json" for kind in ("downstream", "quality")}
     for file in files.values():
@@ -101,7 +101,9 @@ def _add_quality(file: Path, preset: Preset, pairs: list[Sample]) -> None:
     records.write(file, {"versions": measured["versions"], "defects": _ordered(defects)})
 
 
-def _add_downstream(file: Path, preset: Preset, pairs: list[Sample], options: Options) -> None:
+def _add_downstream(
+    file: Path, preset: Preset, pairs: list[Sample], options: DownstreamOptions
+) -> None:
     tasks = (_read(file) or {"tasks": {}})["tasks"]
     source = {"adapter": _adapter(pairs), "pairs": len(pairs)}
     before = tasks.get(preset.name, {})
@@ -113,7 +115,7 @@ def _add_downstream(file: Path, preset: Preset, pairs: list[Sample], options: Op
     arms = report.overall(tasks)
     closed = {metric: report.gap_closed(arms, metric) for metric in METRICS}
     summary = {"arms": arms, "gap_closed": closed}
-    records.write(file, {"versions": recipe.versions(), "overall": summary, "tasks": tasks})
+    records.write(file, {"versions": versions(), "overall": summary, "tasks": tasks})
 
 
 def _ordered(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from dualdiff_engine import memory
 from dualdiff_engine.bench import machine
 from dualdiff_engine.bench.step import random_base
 from dualdiff_engine.bench.step.case import RandomWeights, random_adapter
 from dualdiff_engine.bench.step.workers import peak_bytes, reset_peak
+from dualdiff_engine.device import release_freed_blocks
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import DualDiffError
 
@@ -43,7 +43,7 @@ class Parts:
         self.end()
         print(name, file=sys.stderr, flush=True)
         # what a part holds is counted, not what the one before has let go
-        memory.release_freed_blocks()
+        release_freed_blocks()
         reset_peak(CPU)
         self._name, self._start, self._worked = name, time.perf_counter(), time.process_time()
 
@@ -73,9 +73,9 @@ def run(folder: Path, *, opset: int = 23, rtx_target: str | None = None) -> dict
     rtx_target: also write the denoiser in float16, and have TensorRT-RTX build it for this compute
     capability.
     """
-    from dualdiff_engine.export.graph.write import Options, export_onnx
+    from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 
-    facts, options, parts = machine.facts(CPU), Options(opset=opset, batches=(1,)), Parts()
+    facts, options, parts = machine.facts(CPU), ExportOptions(opset=opset, batches=(1,)), Parts()
     parts("writing the base model")
     base = random_base.write_base(folder / "base", MODEL, SEED, full=True, dtype=torch.float16)
     parts("loading the engine")
@@ -126,10 +126,10 @@ def _write_half(engine: Engine, folder: Path, parts: Parts) -> None:
 
     The text encoder too, as the adapter is read for both.
     """
-    from dualdiff_engine.export.graph.write import Exporter, Options
+    from dualdiff_engine.export.graph.write import Exporter, ExportOptions
 
     folder.mkdir()
-    exporter = Exporter(engine, folder, Options(precision="float16"), parts)
+    exporter = Exporter(engine, folder, ExportOptions(precision="float16"), parts)
     exporter.write({"denoiser", "text_encoder"})
     parts.end()
 

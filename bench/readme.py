@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine import markdown
 from dualdiff_engine.bench.step import report
 from dualdiff_engine.evaluation import report as evaluation
+from dualdiff_engine.evaluation.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "export/README.md", "dualdiff_engine/demo/README.md")
@@ -26,7 +26,7 @@ def _masks(rows: list[dict[str, Any]]) -> str:
     for family in dict.fromkeys(row["family"] for row in rows):
         found = {row["size"]: row["mean_iou"] for row in rows if row["family"] == family}
         lines.append([family, *(f"{found[size]:.3f}" for size in sizes)])
-    return markdown.table(lines)
+    return markdown_table(lines)
 
 
 def section(path: Path) -> str:
@@ -41,7 +41,7 @@ def section(path: Path) -> str:
         return evaluation.quality(record)
     if "graphs" in record:
         return f"{report.export_table(record)}\n\n{report.export_headline(record)}"
-    return f"{report.markdown_table(record)}\n\n{report.headline(record)}."
+    return f"{report.step_table(record)}\n\n{report.headline(record)}."
 
 
 def generate(document: str, root: Path = ROOT) -> str:

@@ -29,7 +29,7 @@ Row = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
-class Sample:
+class SyntheticSample:
     """One synthetic anomaly picture.
 
     Attributes:
@@ -166,7 +166,7 @@ def _degrade(rng: np.random.Generator, clean: Paint, noise: float) -> NDArray[np
     return np.ascontiguousarray(decoded[..., ::-1])
 
 
-def make_sample(family: str, size: int, seed: int, index: int = 0) -> Sample:
+def make_sample(family: str, size: int, seed: int, index: int = 0) -> SyntheticSample:
     """Sample `index` of a family; the same arguments always give the same sample.
 
     Args:
@@ -187,7 +187,7 @@ def make_sample(family: str, size: int, seed: int, index: int = 0) -> Sample:
         clean += coverage[..., None] * (recipe.paint(rng, size) - clean)
         mask[coverage >= 0.5] = 255
     picture = _degrade(rng, clean, rng.uniform(*recipe.noise))
-    return Sample(picture, mask)
+    return SyntheticSample(picture, mask)
 
 
 def intersection_over_union(mask: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:

@@ -18,8 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dualdiff_engine.errors import BaseModelError, SettingsError
+from dualdiff_engine.files import sha256_of
 from dualdiff_engine.model.config import UNetConfig
 
+# of a folder with exported graphs in place of a base model's weights
+BUNDLE = "bundle.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _HUB_FILES = [
     "model_index.json",
@@ -47,6 +50,11 @@ class TensorFile(Mapping[str, Tensor]):
             raise BaseModelError(f"{self.path} lacks {name}: the base model is incomplete")
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, read from the header alone."""
+        with safe_open(self.path, "pt") as file:
+            return tuple(file.get_slice(name).get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -76,7 +84,13 @@ class BaseModel:
                 "channels; expected 4 to 4 (inpainting models are not supported)"
             )
         self.sample_size = int(config.get("sample_size", 64))
-        self.unet: Mapping[str, Tensor] = TensorFile(_weights_file(self.folder / "unet", _WEIGHTS))
+        self.unet = TensorFile(_weights_file(self.folder / "unet", _WEIGHTS))
+
+    @property
+    def site_shapes(self) -> dict[str, tuple[int, int]]:
+        """(channels, context width) of every attention site, by diffusers' module path."""
+        keys = {name: self.unet.shape(name) for name in self.unet if name.endswith(".to_k.weight")}
+        return {n.removesuffix(".to_k.weight"): (k[0], k[1]) for n, k in keys.items()}
 
     @cached_property
     def scheduler(self) -> Any:
@@ -175,8 +189,7 @@ class BaseModel:
         patterns = ("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*")
         for path in sorted(p for pattern in patterns for p in self.folder.glob(pattern)):
             if path.suffix in (".json", ".safetensors", ".txt"):
-                with path.open("rb") as file:
-                    part = hashlib.file_digest(file, "sha256").hexdigest()
+                part = sha256_of(path)
                 digest.update(f"{path.relative_to(self.folder).as_posix()} {part}\n".encode())
         return digest.hexdigest()
 

@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Generator, Mapping, Sequence
+import functools
+import importlib.metadata
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualdiff_engine import adapters, memory, request
-from dualdiff_engine.adapters import fold as weights
+from dualdiff_engine import adapters
+from dualdiff_engine.adapters import fold
 from dualdiff_engine.adapters.fold import Resident
-from dualdiff_engine.base_model import BaseModel
-from dualdiff_engine.errors import BaseModelError, SettingsError
+from dualdiff_engine.base_model import BUNDLE, BaseModel
+from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
+from dualdiff_engine.errors import BackendError, BaseModelError, SettingsError
+from dualdiff_engine.model import cuda_graph as graphs
+from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops, bind
-from dualdiff_engine.pair import Pair, check_output_type
-from dualdiff_engine.pipeline import background as backgrounds
-from dualdiff_engine.pipeline.background import BackgroundBank
-from dualdiff_engine.pipeline.generate import Job, StepCallback, draw_pairs
-from dualdiff_engine.pipeline.masks import Segmenter, extract_mask
+from dualdiff_engine.pair import Facts, Pair
+from dualdiff_engine.pipeline import generate as pipeline
+from dualdiff_engine.pipeline.background import BankStore
+from dualdiff_engine.pipeline.generate import Run
 from dualdiff_engine.pipeline.text import TextEncoder
-from dualdiff_engine.recipe import describe
-from dualdiff_engine.settings import Background, Prompts, Sampling
+from dualdiff_engine.settings import (
+    Background,
+    Prompts,
+    Sampling,
+    max_batch_of,
+    sampling_of,
+)
 
-# backends that run an exported network; their code is loaded when one is asked for
-EXPORTED = ("onnxruntime", "tensorrt")
-BUNDLE = "bundle.json"
+# diffusers' convention: (engine, step, timestep, {"latents": [B, 2, 4, h, w]}) -> the same dict
+StepCallback = Callable[["Engine", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+# where installed packages register what runs exported networks, under the backend's name
+RUNTIMES = "dualdiff_engine.runtimes"
 
 
-def _exported() -> Any:
-    return importlib.import_module("dualdiff_engine.export.run.engine")
+@functools.cache
+def runtimes() -> Mapping[str, importlib.metadata.EntryPoint]:
+    """Backends that run an exported denoiser, by name; each is loaded when asked for."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=RUNTIMES)}
+
+
+def runtime(name: str) -> Any:
+    """The module that builds engines around exported networks. Raises BackendError."""
+    if name not in runtimes():
+        raise BackendError(
+            f"no runtime {name!r} is installed: install dualdiff-engine again with pip, or choose "
+            f"of {', '.join(runtimes()) or 'none'}"
+        )
+    return runtimes()[name].load()
 
 
 class Engine:
@@ -52,33 +74,35 @@ class Engine:
         max_batch: int,
         cuda_graph: bool = False,
         *,
-        unet: DualUNet | None = None,
+        denoiser: Denoiser | None = None,
         text_encoder: TextEncoder | None = None,
         vae: Any = None,
     ) -> None:
-        """unet, text_encoder, vae: what runs in place of the base's own, with the same calls."""
+        """denoiser, text_encoder, vae: run in place of the base model's own."""
         self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
         self.max_batch = max_batch
         self.text_encoder = text_encoder or TextEncoder(*base.load_text())
         # fp16 overflows in this decoder; bf16 that is computed in fp32 gains nothing by rounding
         wide = dtype == torch.float16 or ops.widened
         self.vae = vae or base.load_vae(device, torch.float32 if wide else dtype)
-        self.unet = unet or DualUNet(base.unet_config, ops, background=True)
-        # what the loop calls: the network, or its captured graphs
-        self.denoiser: DualUNet | GraphedDenoiser = self.unet
-        if unet is None:
-            self._load(weights.fold_network(base.unet, device, dtype))
-        if lacking := self.unet.missing():
-            raise BaseModelError(
-                f"the base UNet lacks {weights.diffusers_name(lacking[0])} "
-                f"({len(lacking)} tensors in all): download it again"
-            )
-        if cuda_graph:
-            self.denoiser = GraphedDenoiser(self.unet)
+        # what the loop calls: the network, its captured graphs, or what was handed in
+        self.denoiser: Denoiser = denoiser or self._network(cuda_graph)
         self._residents: dict[str, Resident] = {}
         self._active: str | None = None
         self.interrupted = False
-        self._bank: tuple[object, BackgroundBank] | None = None
+        self._banks = BankStore()
+
+    def _network(self, cuda_graph: bool) -> Denoiser:
+        """The base's UNet as coupled branches, folded; no adapter is loaded yet."""
+        self.unet = DualUNet(self.base.unet_config, self.ops, background=True)
+        self.denoiser = self.unet
+        self._load(fold.fold_network(self.base.unet, self.device, self.dtype))
+        if lacking := self.unet.missing():
+            raise BaseModelError(
+                f"the base UNet lacks {fold.diffusers_name(lacking[0])} "
+                f"({len(lacking)} tensors in all): download it again"
+            )
+        return GraphedDenoiser(self.unet) if cuda_graph else self.unet
 
     @classmethod
     def from_pretrained(
@@ -108,21 +132,21 @@ class Engine:
         on a CPU and 32 on a GPU.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
-        if backend in EXPORTED or exported is not None or Path(base, BUNDLE).is_file():
-            return _exported().from_pretrained(
+        if exported is not None or backend in runtimes() or Path(base, BUNDLE).is_file():
+            return runtime(backend if backend in runtimes() else "onnxruntime").from_pretrained(
                 base, exported, backend, adapter, dtype, device, max_batch, allow_pickle, revision,
                 local_files_only, trust,
             )  # fmt: skip
-        device = request.device_of(device)
-        dtype = request.dtype_of(dtype, device)
-        max_batch = request.max_batch_of(max_batch) or (32 if device.type == "cuda" else 4)
+        device = device_of(device)
+        dtype = dtype_of(dtype, device)
+        max_batch = max_batch_of(max_batch) or (32 if device.type == "cuda" else 4)
         ops = bind(backend, device=device, dtype=dtype)
-        graphed = request.cuda_graph_of(cuda_graph, device, ops)
+        graphed = graphs.wanted(cuda_graph, device, ops)
         # the small file first: a wrong adapter is refused before gigabytes are read
         loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
         model = BaseModel(base, revision=revision, local_files_only=local_files_only)
         if device.type == "cpu":
-            memory.keep_freed_blocks()
+            keep_freed_blocks()
         with torch.inference_mode():
             engine = cls(model, ops, device, dtype, max_batch, graphed)
             if loaded is not None:
@@ -146,7 +170,7 @@ class Engine:
         the fastest that runs here and says in `ops.table` which and why. trust: run TensorRT
         engines that somebody else built. Raises BackendError.
         """
-        return _exported().from_bundle(path, adapter, device, backend, max_batch, trust)
+        return runtime("onnxruntime").from_bundle(path, adapter, device, backend, max_batch, trust)
 
     def load_adapter(
         self, source: str | Path, name: str | None = None, *, allow_pickle: bool = False
@@ -167,9 +191,8 @@ class Engine:
     @torch.inference_mode()
     def keep_adapter(self, adapter: adapters.Adapter, name: str) -> None:
         """Check and fold a parsed adapter and make it the active one. Raises AdapterError."""
-        sites = weights.site_shapes(self.unet, self.base.unet_config.context_width)
-        adapters.check_fits(adapter, sites, self.text_encoder.layers)
-        folded = weights.fold_sites(self.base.unet, adapter.sites, self.device, self.dtype)
+        adapters.check_fits(adapter, self.base.site_shapes, self.text_encoder.layers)
+        folded = fold.fold_sites(self.base.unet, adapter.sites, self.device, self.dtype)
         text = self.text_encoder.fold(adapter.text)
         self.keep_folded(name, Resident(adapters.summary(adapter), folded, text))
 
@@ -177,7 +200,7 @@ class Engine:
         """Keep an adapter that was folded elsewhere and make it the active one."""
         self._load(folded.sites)
         self._residents[name] = folded
-        self._active, self._bank = name, None
+        self._activate(name)
 
     def set_adapter(self, name: str) -> None:
         """Make a resident adapter the active one: tensors are pointed at, nothing is computed."""
@@ -185,14 +208,14 @@ class Engine:
             known = ", ".join(self._residents) or "none"
             raise SettingsError(f"no adapter {name!r} is loaded (loaded: {known})")
         self._load(self._residents[name].sites)
-        self._active, self._bank = name, None
+        self._activate(name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; if it is active, set another before generating."""
         if self._residents.pop(name, None) is None:
             raise SettingsError(f"no adapter {name!r} is loaded")
         if self._active == name:
-            self._active, self._bank = None, None
+            self._activate(None)
 
     @property
     def adapters(self) -> list[str]:
@@ -208,15 +231,84 @@ class Engine:
         """The active adapter's folded tensors. Raises SettingsError when none is."""
         return self._require_adapter()
 
-    def generate(self, n: int | Sequence[int] | None = None, **options: Any) -> list[Pair]:
-        """All pairs of `stream(n, **options)`, in order; after `interrupt`, those finished."""
-        return list(self.stream(n, **options))
+    def generate(
+        self,
+        n: int | Sequence[int] | None = None,
+        *,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        batch: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        scheduler: str | None = None,
+        size: int | tuple[int, int] | None = None,
+        prompts: Prompts | tuple[str, str] | None = None,
+        background: Background | None = None,
+        latents: Tensor | None = None,
+        background_latents: Tensor | None = None,
+        background_noise: Tensor | None = None,
+        segmenter: str | Path | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        progress: bool = False,
+    ) -> list[Pair]:
+        """Draw pairs.
 
-    @torch.inference_mode()
+        Args:
+            n: How many pairs, with fresh seeds; or the seeds, one per pair. Default: 1.
+            sampling: Steps, guidance, scheduler and size in one object. Or give these singly.
+            seeds: One per pair, 0 to 2^63-1. A pair depends on its own seed, not on its batch.
+            batch: Pairs computed at once, 1 to `max_batch`. Default: as many as fit in both.
+            steps: Scheduler steps. Default: 100, with a background 50, as released.
+            guidance: Guidance scale. Default: 2.5, with a background 2.0, as released.
+            scheduler: Class name of a diffusers scheduler. Default: the base model's.
+            size: Pixels, one number or (height, width). Default: the base model's.
+            prompts: `Prompts`, or (image prompt, anomaly prompt). Default: the released ones.
+            background: The surroundings to keep, for adapters trained with a background.
+            latents: [n, 2, 4, h, w] in place of the draws; standard normal.
+            background_latents: [2, 4, h, w] (uncond, cond) in place of the encoded background.
+            background_noise: [calls, 2, 4, h, w] in place of the draws.
+            segmenter: An ONNX file that makes the masks, in place of the built-in threshold.
+            output_type: "pil", "np" or "pt"; see `Pair`.
+            callback_on_step_end: Called with (engine, step, timestep, {"latents": [B, 2, 4, h, w]})
+                after every step, as in diffusers; what it returns under "latents" goes on.
+            progress: Show a progress bar on stderr.
+
+        Returns:
+            The pairs, in the order of their seeds; after `interrupt`, those that were finished.
+
+        Raises:
+            SettingsError: A value is wrong. Nothing has been computed then.
+            SegmenterError: The segmenter cannot be used.
+            OutOfMemoryError: A batch does not fit; the message names one that does.
+        """
+        return list(
+            self.stream(
+                n,
+                sampling=sampling,
+                seeds=seeds,
+                batch=batch,
+                steps=steps,
+                guidance=guidance,
+                scheduler=scheduler,
+                size=size,
+                prompts=prompts,
+                background=background,
+                latents=latents,
+                background_latents=background_latents,
+                background_noise=background_noise,
+                segmenter=segmenter,
+                output_type=output_type,
+                callback_on_step_end=callback_on_step_end,
+                progress=progress,
+            )
+        )
+
     def stream(
         self,
         n: int | Sequence[int] | None = None,
         *,
+        sampling: Sampling | None = None,
         seeds: Sequence[int] | None = None,
         batch: int | None = None,
         steps: int | None = None,
@@ -233,55 +325,62 @@ class Engine:
         callback_on_step_end: StepCallback | None = None,
         progress: bool = False,
     ) -> Generator[Pair, None, None]:
-        """Draw pairs, handing each out as soon as its batch is done.
+        """As `generate`, but hand out each pair as soon as its batch is done.
 
-        n: how many, with fresh seeds; or the seeds, one per pair. A pair depends on its own seed,
-        not on its batch. batch: pairs computed at once. steps, guidance, scheduler, size (pixels,
-        one number or height and width): see `Sampling`; by default the released 100 steps at 2.5,
-        or 50 at 2.0 with a background, in the base model's own size. latents [n, 2, 4, h, w],
-        background_latents [2, 4, h, w] (uncond, cond) and background_noise [calls, 2, 4, h, w]
-        replace the draws. segmenter: an ONNX file that makes the masks.
-        callback_on_step_end(engine, step, timestep, {"latents": [B, 2, 4, h, w]}) as in diffusers.
-        Everything is checked before anything is computed.
-        Raises SettingsError, SegmenterError, OutOfMemoryError.
+        Arguments and errors are those of `generate`. Everything is checked by this call; networks
+        run when the first pair is asked for.
         """
-        resident = self._require_adapter()
-        with_background = background is not None or background_latents is not None
-        trained = bool(resident.summary["background"])
-        request.check_background(self._active, trained, with_background, background_noise)
-        height, width = request.size_of(size, self.base.sample_size * self.pixels_per_latent)
-        sampling = Sampling(
-            steps=steps if steps is not None else (50 if with_background else 100),
-            guidance=guidance if guidance is not None else (2.0 if with_background else 2.5),
-            scheduler=scheduler or type(self.base.scheduler).__name__,
-            height=height,
-            width=width,
+        run = self._run()
+        request = pipeline.check(
+            run,
+            n,
+            seeds,
+            sampling_of(sampling, steps, guidance, scheduler, size),
+            batch=batch,
+            prompts=prompts,
+            background=background,
+            latents=latents,
+            background_latents=background_latents,
+            background_noise=background_noise,
+            segmenter=segmenter,
+            output_type=output_type,
+            callback=partial(callback_on_step_end, self) if callback_on_step_end else None,
+            progress=progress,
         )
-        h, w = self.latent_size(sampling)
-        if latents is not None:
-            latents = request.tensor_of("latents", latents, ("n", 2, 4, h, w))
-        chosen = request.seeds_of(n, seeds, None if latents is None else len(latents))
-        batch = request.batch_of(batch, self.max_batch, len(chosen))
-        check_output_type(output_type)
-        segment = Segmenter(segmenter) if segmenter else extract_mask
-        spoken = Prompts.of(prompts)
-        calls = len(self.scheduler(sampling).timesteps)
-        # everything above is cheap; from here on, networks run
-        context = self.encode_prompts(spoken)[:, -sampling.rows :]
-        text = self.unet.text_projections(context.to(self.device, self.dtype))
-        bank, described = self._background_bank(
-            sampling, spoken, calls, background, background_latents, background_noise
-        )
-        recipe = describe(self, resident.summary, sampling, spoken, described)
-        given = {"latents": latents, "background_latents": background_latents}
-        recipe["given"] = [name for name, tensor in given.items() if tensor is not None]
-        recipe["segmenter"] = str(segmenter) if segmenter else None
         self.interrupted = False
-        job = Job(
-            self._active, chosen, batch, sampling, text, bank, latents, segment, output_type,
-            callback_on_step_end, progress, recipe,
-        )  # fmt: skip
-        return draw_pairs(self, job)
+        return pipeline.generate(run, request)
+
+    def _run(self) -> Run:
+        """The parts that draw pairs with the active adapter."""
+        resident, name = self._require_adapter(), self._active
+        facts = Facts(
+            base={"source": self.base.source, "sha256": self.base.sha256},
+            adapter={"source": resident.summary.file, "sha256": resident.summary.sha256},
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            backends={row.op: row.backend for row in self.ops.table},
+        )
+        return Run(
+            denoiser=self.denoiser,
+            ops=self.ops,
+            text_encoder=self.text_encoder,
+            text_weights=resident.text,
+            vae=self.vae,
+            make_scheduler=self.base.make_scheduler,
+            make_noiser=self.base.noiser,
+            banks=self._banks,
+            device=self.device,
+            dtype=self.dtype,
+            max_batch=self.max_batch,
+            size=self.base.sample_size * self.base.pixels_per_latent,
+            pixels_per_latent=self.base.pixels_per_latent,
+            scheduler=type(self.base.scheduler).__name__,
+            adapter=name,
+            trained_background=resident.summary.background,
+            facts=facts,
+            is_active=lambda: self._active == name,
+            interrupted=lambda: self.interrupted,
+        )
 
     def interrupt(self) -> None:
         """Stop the running `generate` or `stream` after its current step; finished pairs stay."""
@@ -290,9 +389,8 @@ class Engine:
     def close(self) -> None:
         """Drop every weight."""
         self._residents.clear()
-        self._active, self._bank = None, None
-        self.denoiser = self.unet
-        self.unet.to("meta")
+        self._activate(None)
+        self.denoiser.release()
         self.vae.to("meta")
 
     def __enter__(self) -> Engine:
@@ -305,7 +403,8 @@ class Engine:
     def encode_prompts(self, prompts: Prompts | tuple[str, str] | None = None) -> Tensor:
         """Embeddings [2 branches, 2 rows (negative, prompt), L, X] fp32, by the active adapter."""
         text = self._residents[self._active].text if self._active else {}
-        return self.text_encoder.encode_pair(Prompts.of(prompts), text)
+        tokens = self.text_encoder.tokenize_pair(Prompts.of(prompts))
+        return self.text_encoder.encode_pair(tokens, text)
 
     @torch.inference_mode()
     def predict_noise(
@@ -322,14 +421,18 @@ class Engine:
         dtype.
         """
         self._require_adapter()
-        bias = self.unet.time_bias(torch.tensor([float(timestep)], device=self.device))[0]
-        text = self.unet.text_projections(context.to(self.device, self.dtype))
+        time = self.denoiser.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
+        text = self.denoiser.text_inputs(context.to(self.device, self.dtype))
         shares = None
         if background_latents is not None:
-            shares = self.denoiser.background_shares(background_latents.to(self.device), bias, text)
-        return self.denoiser(latents.to(self.device), bias, text, shares)
+            shares = self.denoiser.background_shares(background_latents.to(self.device), time, text)
+        return self.denoiser(latents.to(self.device), time, text, shares)
 
     # -----------------------------------------------------------------------------------------
+
+    def _activate(self, name: str | None) -> None:
+        self._active = name
+        self._banks.clear()
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         try:
@@ -342,58 +445,3 @@ class Engine:
         if self._active is None:
             raise SettingsError("no adapter is active: call load_adapter or set_adapter first")
         return self._residents[self._active]
-
-    @property
-    def pixels_per_latent(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def latent_size(self, sampling: Sampling) -> tuple[int, int]:
-        step = self.pixels_per_latent
-        if sampling.height % step or sampling.width % step:
-            raise SettingsError(f"height and width must be multiples of {step} for this VAE")
-        return sampling.height // step, sampling.width // step
-
-    def scheduler(self, sampling: Sampling) -> Any:
-        scheduler = self.base.make_scheduler(sampling.scheduler)
-        scheduler.set_timesteps(sampling.steps, device=self.device)
-        return scheduler
-
-    def _background_bank(
-        self,
-        sampling: Sampling,
-        prompts: Prompts,
-        calls: int,
-        background: Background | None,
-        latents: Tensor | None,
-        noise: Tensor | None,
-    ) -> tuple[BackgroundBank | None, dict[str, Any] | None]:
-        """The bank of a job (the last one, if nothing it depends on changed) and its record."""
-        if background is None and latents is None:
-            return None, None
-        shape = (2, 4, *self.latent_size(sampling))
-        mode = background.noise if background else "fresh"
-        seed = background.noise_seed if background else 0
-        record: dict[str, Any] = {"noise": mode, "noise_seed": seed, "picture_sha256": None}
-        if noise is not None:
-            noise = request.tensor_of("background_noise", noise, (calls, *shape))
-            record["noise"] = "given"
-        if latents is not None:
-            latents = request.tensor_of("background_latents", latents, shape)
-        else:
-            assert background is not None
-            pixels = backgrounds.cut_out(background, sampling.height, sampling.width)
-            record["picture_sha256"] = backgrounds.digest(pixels)
-            key = (record["picture_sha256"], shape, sampling.rows, prompts, mode, seed)
-            if noise is None and self._bank is not None and self._bank[0] == key:
-                return self._bank[1], record
-            latents = backgrounds.encode(self.vae, pixels)
-        bank = BackgroundBank(
-            latents[-sampling.rows :].to(self.device),
-            self.base.noiser(),
-            mode if noise is None else noise[:, -sampling.rows :],
-            seed,
-            memory.spare_bytes(self.device),
-        )
-        if record["picture_sha256"] is not None and noise is None:
-            self._bank = (key, bank)
-        return bank, record

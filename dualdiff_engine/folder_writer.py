@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dualdiff_engine.errors import OutputError, SettingsError
+from dualdiff_engine.files import partial_name
 
 if TYPE_CHECKING:
     from dualdiff_engine.pair import Pair
@@ -99,7 +100,7 @@ class FolderWriter:
             # the row goes first: it must not outlive its files
             with suppress(OSError):
                 self._manifest.truncate(end)
-            for path in (p for target in contents for p in (target, _partial(target))):
+            for path in (p for target in contents for p in (target, partial_name(target))):
                 with suppress(OSError):
                     path.unlink()
             raise
@@ -173,14 +174,10 @@ def _encode(pair: Pair, kind: str) -> bytes:
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
-
-
 def _place(contents: dict[Path, bytes]) -> None:
     """Write all files under partial names, then give each its own."""
     for target, content in contents.items():
-        partial = _partial(target)
+        partial = partial_name(target)
         with _naming(partial):
             # what lies there, a symlink too, is replaced and never written through
             partial.unlink(missing_ok=True)
@@ -190,7 +187,7 @@ def _place(contents: dict[Path, bytes]) -> None:
                 os.fsync(file.fileno())
     for target in contents:
         with _naming(target):
-            _partial(target).replace(target)
+            partial_name(target).replace(target)
 
 
 def _append(manifest: io.FileIO, line: bytes) -> None:

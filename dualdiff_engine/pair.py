@@ -1,8 +1,10 @@
-"""What a caller gets: an image, its anomaly picture, its mask, and how they were made."""
+"""One generated pair: image, anomaly image, mask, and the recipe that reproduces it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,19 +12,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import dualdiff_engine
 from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.settings import ChosenSampling, Prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
 class Pair:
     """One generated pair.
 
-    image, anomaly: `pil` RGB; `np` float32 [H, W, 3] or `pt` float32 [3, H, W], both in [0, 1].
-    mask: 255 on the anomaly, 0 elsewhere; `pil` mode L, `np` or `pt` uint8 [H, W].
-    empty_mask: nothing was found in the anomaly picture. recipe: everything that makes the pair
-    again, JSON-ready.
+    Attributes:
+        image: The defective picture. `pil`: RGB. `np`: float32 [H, W, 3] in [0, 1]. `pt`: float32
+            [3, H, W] in [0, 1].
+        anomaly: The defect alone on black, as `image`.
+        mask: 255 on the defect, 0 elsewhere. `pil`: mode L. `np` or `pt`: uint8 [H, W].
+        seed: Of the pair's noise.
+        empty_mask: Whether the anomaly image shows no defect.
+        recipe: Everything needed to reproduce the pair, JSON-ready.
     """
 
     image: Any
@@ -58,3 +67,52 @@ def present_mask(mask: np.ndarray, output_type: str) -> Any:
     if output_type == "pil":
         return Image.fromarray(mask)
     return mask if output_type == "np" else torch.from_numpy(mask)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    return {
+        "dualdiff-engine": dualdiff_engine.__version__,
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What all pairs of an engine share: where they are drawn and with which weights.
+
+    base, adapter: source and sha256 of each. backends: op -> backend.
+    """
+
+    base: Mapping[str, str]
+    adapter: Mapping[str, str]
+    dtype: str
+    device: str
+    backends: Mapping[str, str]
+
+
+def describe(
+    facts: Facts,
+    sampling: ChosenSampling,
+    prompts: Prompts,
+    background: Mapping[str, Any] | None,
+    given: list[str],
+    segmenter: str | None,
+) -> dict[str, Any]:
+    """The part of a recipe that all pairs of a run share, JSON-ready.
+
+    given: names of the tensors that replaced a draw.
+    """
+    return {
+        "base": dict(facts.base),
+        "adapter": dict(facts.adapter),
+        "sampling": asdict(sampling),
+        "prompts": asdict(prompts),
+        "background": dict(background) if background else None,
+        "dtype": facts.dtype,
+        "device": facts.device,
+        "backends": dict(facts.backends),
+        "versions": versions(),
+        "given": given,
+        "segmenter": segmenter,
+    }

@@ -1,18 +1,49 @@
-"""Contact sheets: a column per pair, image over anomaly over the mask on the image."""
+"""Pictures: opened in one place, and contact sheets of pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+from dualdiff_engine.errors import SettingsError
+
+# larger pictures are refused before they are decoded
+MAX_PIXELS = 64_000_000
 
 GAP = 4
 CAPTION = 16
 # of the mask laid over the image; its outline is drawn in full
 OVERLAY = (255, 0, 96)
 SHARE = 0.45
+
+
+def open_picture(picture: Any, name: str, mode: str) -> Image.Image:
+    """A path, PIL image or uint8 array as a PIL image of `mode`. Raises SettingsError."""
+    if isinstance(picture, str | Path):
+        try:
+            with Image.open(picture) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise SettingsError(
+                        f"{name} {str(picture)!r} has more than {MAX_PIXELS:,} pixels"
+                    )
+                return opened.convert(mode)
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise SettingsError(f"{name}: {str(picture)!r} is not a readable picture") from error
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise SettingsError(
+                f"{name} array must be uint8 [H, W] or [H, W, 3], "
+                f"got {picture.dtype} {list(picture.shape)}"
+            )
+        return Image.fromarray(picture).convert(mode)
+    if isinstance(picture, Image.Image):
+        return picture.convert(mode)
+    raise SettingsError(f"{name} must be a path, a PIL image or a uint8 array, got {type(picture)}")
 
 
 def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.settings import size_from_text
 
 if TYPE_CHECKING:
-    from dualdiff_engine.export.graph.write import Options
+    from dualdiff_engine.export.graph.write import ExportOptions
 
 export = typer.Typer(help="Artefacts that run without Python: ONNX, TensorRT, bundles.")
 
@@ -66,19 +67,16 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _options(
     precision: str, opset: int, size: str | None, dynamic: bool, most: int, batches: str, own: bool
-) -> Options:
+) -> ExportOptions:
     _require("onnx", "onnxscript", "onnxruntime")
-    from dualdiff_engine.export.graph.write import Options
+    from dualdiff_engine.export.graph.write import ExportOptions
 
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size or "0")
-    if match is None:
-        raise SettingsError(f"--size must be 512 or 512x768 (HEIGHTxWIDTH), got {size!r}")
-    height, width = int(match[1]), int(match[2] or match[1])
-    return Options(
+    height, width = size_from_text(size) if size else (None, None)
+    return ExportOptions(
         precision=precision,
         opset=opset,
-        height=height or None,
-        width=width or None,
+        height=height,
+        width=width,
         dynamic_size=dynamic,
         max_batch=most,
         batches=_numbers(batches),

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dualdiff_engine.ops.triton import OPS
-from dualdiff_engine.ops.triton.tuning import Compilation
+from dualdiff_engine.ops.triton.listing import Compilation
 
 ARCHITECTURES = (80, 89, 90, 100)
 # most shared memory of one block, CUDA programming guide, table of compute capabilities

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine import memory, ops
+from dualdiff_engine import ops
 from dualdiff_engine.bench import clock
 from dualdiff_engine.bench.gpu import autotune
 from dualdiff_engine.bench.machine import facts as machine_facts
@@ -27,6 +27,7 @@ from dualdiff_engine.bench.op import checks as op_checks
 from dualdiff_engine.bench.op.cases import Spec, trace, work
 from dualdiff_engine.bench.step import measure, peers
 from dualdiff_engine.bench.step.case import MODELS, Case, network_config
+from dualdiff_engine.device import is_out_of_memory
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
@@ -305,9 +306,9 @@ def call_inputs(unet: DualUNet, setting: Setting, batch: int) -> tuple[Any, ...]
     """latents, time_bias, text of a step."""
     size, device = MODELS[setting.model]["sample_size"], setting.device
     context = torch.randn(2, 2, 77, unet.config.context_width, device=device).to(setting.dtype)
-    bias = unet.time_bias(torch.tensor([500.0], device=device))[0]
+    bias = unet.time_inputs(torch.tensor([500.0], device=device))[0]
     latents = torch.randn(2, 1, batch, 4, size, size, device=device)
-    return latents, bias, unet.text_projections(context)
+    return latents, bias, unet.text_inputs(context)
 
 
 @torch.inference_mode()
@@ -325,7 +326,7 @@ def footprint(setting: Setting, record: Record) -> Iterator[str]:
                 row["peak_bytes"] = torch.cuda.max_memory_allocated(setting.device)
                 row["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(setting.device)
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             row["fits"] = False
             yield f"a batch of {batch} pairs does not fit"

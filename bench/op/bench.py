@@ -22,11 +22,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dualdiff_engine import memory, ops, request
+from dualdiff_engine import ops
 from dualdiff_engine.bench import clock, machine
 from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace, work
 from dualdiff_engine.bench.step import measure, report
 from dualdiff_engine.bench.step.case import MODELS, SCALE, WHY
+from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.ops import proof
 
@@ -250,9 +251,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
-    device = request.device_of(options.device)
+    device = device_of(options.device)
     on_gpu = device.type == "cuda"
-    dtype = request.dtype_of(options.dtype or ("bfloat16" if on_gpu else "float32"), device)
+    dtype = dtype_of(options.dtype or ("bfloat16" if on_gpu else "float32"), device)
     model = options.model or ("sd15" if on_gpu else "demo")
     pairs = options.batch if options.batch is not None else (32 if on_gpu else 1)
     chosen = [name.strip() for name in options.ops.split(",")]
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"preset {model}: {WHY[model]}", flush=True)
     if not on_gpu:
         # as an engine does
-        memory.keep_freed_blocks()
+        keep_freed_blocks()
     found = run(
         calls, device, dtype, rounds=options.rounds,
         compile=on_gpu if options.compile is None else options.compile,

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +48,26 @@ class Spec:
         return " ".join("x".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in given)
 
 
+class Watch(Protocol):
+    """A context around a step that is told what runs inside an op."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *error: Any) -> Any: ...
+
+    def inside_op(self) -> AbstractContextManager[object]: ...
+
+
 def trace(
     model: str,
     pairs: int,
     size: int | None = None,
     background: bool = False,
-    watch: AbstractContextManager[object] | None = None,
+    watch: Watch | None = None,
 ) -> Counter[Spec]:
     """How often a guided step of a batch of pairs makes each call.
 
-    size: of the latents. watch: entered around the step.
+    size: of the latents. watch: entered around the step, and told what runs inside an op.
     """
     calls: Counter[Spec] = Counter()
 
@@ -65,7 +75,8 @@ def trace(
         def record(*arguments: Any) -> Tensor:
             shapes = (tuple(x.shape) if isinstance(x, Tensor) else x for x in arguments)
             calls[Spec(op, tuple(shapes))] += 1
-            return getattr(reference, op)(*arguments)
+            with watch.inside_op() if watch else nullcontext():
+                return getattr(reference, op)(*arguments)
 
         return record
 
@@ -73,8 +84,8 @@ def trace(
     size = size or MODELS[model]["sample_size"]
     with torch.inference_mode(), META:
         unet = DualUNet(network_config(model), ops, background=background)
-        bias = unet.time_bias(torch.zeros(1))[0]
-        text = unet.text_projections(torch.zeros(2, 2, TEXT_TOKENS, unet.config.context_width))
+        bias = unet.time_inputs(torch.zeros(1))[0]
+        text = unet.text_inputs(torch.zeros(2, 2, TEXT_TOKENS, unet.config.context_width))
         shares = None
         if background:
             shares = unet.background_shares(torch.zeros(2, 4, size, size), bias, text)

@@ -7,12 +7,17 @@ and result at a rate of bytes, and its exponentials at their own; the largest of
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualdiff_engine.bench.op import bench as op_bench
@@ -22,11 +27,28 @@ from dualdiff_engine.errors import SettingsError
 
 # Of an H200: bf16 products and a copy as measured on one, 16 exponentials per clock and
 # multiprocessor at 1.75 GHz as documented.
-PRODUCTS, COPY, EXPONENTIALS = 790.0, 4.3, 3.7
+DEFAULT_RATES = PRODUCTS, COPY, EXPONENTIALS = 790.0, 4.3, 3.7
 COLUMNS = ("op", "calls", "TFLOP", "GB", "1e9 exp", "ms at least", "share", "bound by")
 LEGEND = """\
-predicted from counted work, nothing is measured: no step is faster than this at these rates
-GB: every input read once and every result written once; convolutions are PyTorch's"""
+predicted from counted work, nothing is measured: no step of these calls is faster at these rates
+GB: every input read once, every result written once; names with a space, convolution, upsampling,
+concatenation and copy are PyTorch's work between the ops"""
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv2d, aten.convolution)
+# takes memory, or looks at it, and moves nothing
+FREE = (aten.empty, aten.new_empty, aten.empty_like, aten.detach, aten.zeros)
+# what PyTorch runs between the ops, by what it is there for
+NAMES_BETWEEN = {
+    **dict.fromkeys((aten.layer_norm, aten.native_layer_norm), "layer norm"),
+    **dict.fromkeys((aten.group_norm, aten.native_group_norm), "group norm"),
+    aten.add_: "residual add",
+    aten.cat: "concatenation",
+    aten.upsample_nearest2d: "upsampling",
+    # rows of a pair that part, and results made contiguous
+    **dict.fromkeys(
+        (aten.clone, aten.copy_, aten._to_copy, aten.contiguous, aten.flatten, aten.reshape), "copy"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -46,24 +68,69 @@ class Rates:
         )
 
 
-class Convolutions(TorchDispatchMode):
-    """Counts the work of every convolution that runs under it, on shapes."""
+class Surroundings(TorchDispatchMode):
+    """Counts, on shapes, the work of everything between the ops that runs under it.
+
+    found: name -> work of each call. Inputs that repeat a row in memory are read once; what only
+    makes a view, or takes memory, moves nothing.
+    """
 
     def __init__(self, element_size: int) -> None:
         super().__init__()
         self.element_size = element_size
-        self.found: list[Work] = []
+        self.found: list[tuple[str, Work]] = []
+        self._inside_op = False
+
+    @contextlib.contextmanager
+    def inside_op(self) -> Iterator[None]:
+        """What runs here is part of an op, whose work is counted as a whole."""
+        self._inside_op = True
+        try:
+            yield
+        finally:
+            self._inside_op = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default):
-            given, weight = args[:2]
-            moved = self.element_size * sum(x.numel() for x in (given, weight, out))
-            flops = 2 * out.numel() * weight[0].numel()
-            self.found.append(Work(flops, moved, 0))
+        # norms also return their statistics, a few numbers per row
+        result = out[0] if isinstance(out, (tuple, list)) else out
+        if self._inside_op or func.overloadpacket in FREE or _view(func, args, result):
+            return out
+        if func.overloadpacket in CONVOLUTIONS:
+            self._convolution(out, *args[:3])
+            return out
+        moved = sum(_elements(x) for x in (*pytree.tree_leaves(args), result))
+        name = NAMES_BETWEEN.get(func.overloadpacket, str(func.overloadpacket))
+        self._count(name, 0, moved)
         return out
+
+    def _convolution(self, out: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        moved = sum(map(_elements, (given, weight, out)))
+        self._count("convolution", 2 * out.numel() * weight[0].numel(), moved)
+        if bias is not None:
+            # PyTorch adds it in a pass of its own after cuDNN
+            self._count("convolution bias", 0, 2 * out.numel() + bias.numel())
+
+    def _count(self, name: str, flops: int, elements: int) -> None:
+        self.found.append((name, Work(flops, self.element_size * elements, 0)))
+
+
+def _view(func: Any, args: tuple[Any, ...], result: object) -> bool:
+    """Whether the result is memory of an argument that was not written to."""
+    if func._schema.is_mutable or not isinstance(result, Tensor):
+        return False
+    made = StorageWeakRef(result.untyped_storage())
+    given = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    return any(StorageWeakRef(x.untyped_storage()) == made for x in given)
+
+
+def _elements(x: object) -> int:
+    """That differ in memory."""
+    if not isinstance(x, Tensor):
+        return 0
+    return math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step)
 
 
 def rows(calls: Iterable[tuple[str, int, Work]], rates: Rates) -> list[dict[str, Any]]:
@@ -87,10 +154,10 @@ def step(
     model: str, batch: int, *, background: bool, dtype: torch.dtype, rates: Rates
 ) -> list[dict[str, Any]]:
     """The rows of a guided denoiser step of `batch` pairs."""
-    convolutions = Convolutions(dtype.itemsize)
-    traced = trace(model, batch, background=background, watch=convolutions)
+    between = Surroundings(dtype.itemsize)
+    traced = trace(model, batch, background=background, watch=between)
     calls = [(spec.op, count, work(spec, dtype)) for spec, count in traced.items()]
-    return rows([*calls, *(("convolution", 1, x) for x in convolutions.found)], rates)
+    return rows([*calls, *((name, 1, counted) for name, counted in between.found)], rates)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

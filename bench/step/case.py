@@ -18,7 +18,7 @@ from dualdiff_engine.adapters import fold
 from dualdiff_engine.base_model import TensorFile
 from dualdiff_engine.demo.presets import BASE, PRESETS
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.model.attention_site import Site, TextSite
+from dualdiff_engine.model.attention_site import AttentionSite, TextSite
 from dualdiff_engine.model.blocks import ResnetBlock
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.model.unet import DualUNet
@@ -142,7 +142,7 @@ def unet_shapes(model: str) -> dict[str, tuple[int, ...]]:
             shapes[f"{theirs}.conv1.bias"] = (outer,)
             shapes[f"{theirs}.time_emb_proj.weight"] = (outer, config.time_width)
             shapes[f"{theirs}.time_emb_proj.bias"] = (outer,)
-        elif isinstance(module, Site):
+        elif isinstance(module, AttentionSite):
             width = module.channels
             context = config.context_width if isinstance(module, TextSite) else width
             for part, read in (("q", width), ("k", context), ("v", context), ("out.0", width)):

@@ -37,12 +37,12 @@ def prepare(case: Case, dtype: str, backend: str, folder: Path) -> dict[str, flo
 
 
 def _prepare(case: Case, dtype: str, backend: str, folder: Path) -> dict[str, float]:
-    from dualdiff_engine.export.graph.write import Options, export_onnx
+    from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 
     start = time.perf_counter()
     base = random_base.write_base(folder / BASE, case.model, case.seed)
     adapter = adapter_of(case.model, case.seed, background=case.background)
-    options = Options(
+    options = ExportOptions(
         precision=dtype,
         height=case.scale * case.height,
         width=case.scale * case.width,

@@ -27,6 +27,7 @@ from dualdiff_engine.bench.step.case import (
 from dualdiff_engine.bench.step.ported import PortedUNet, merged, sdpa
 from dualdiff_engine.bench.step.released import ReleasedUNet
 from dualdiff_engine.errors import BackendError
+from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, triton, xformers
@@ -177,7 +178,7 @@ class Xformers(Eager):
         return xformers.memory_efficient(query, key, value)
 
 
-class Engine:
+class EnginePeer:
     """The engine's network and ops; with a background, its shares kept as `noise="fixed"` does."""
 
     backend = "auto"
@@ -192,9 +193,9 @@ class Engine:
         unet = DualUNet(network_config(case.model), self.ops, background=case.background)
         if not counted:
             unet.load(folded_tensors(case.model, case.seed, case.background, device, dtype))
-        self.time_bias = unet.time_bias(case.timesteps.to(device))
-        self.text = unet.text_projections(self.inputs["context"].to(dtype))
-        self.unet = GraphedDenoiser(unet) if self.graphed and not counted else unet
+        self.time_bias = unet.time_inputs(case.timesteps.to(device))
+        self.text = unet.text_inputs(self.inputs["context"].to(dtype))
+        self.unet: Denoiser = GraphedDenoiser(unet) if self.graphed and not counted else unet
         self.kept: dict[int, Sequence[Tensor]] = {}
 
     @classmethod
@@ -224,7 +225,7 @@ class Engine:
         return self.ops.guided_step(noise, self.case.guidance).transpose(0, 1)
 
 
-class EngineFresh(Engine):
+class EngineFresh(EnginePeer):
     """As `engine`, with a background pass in every step, as `noise="fresh"` does."""
 
     def step(self, index: int) -> Tensor:
@@ -232,7 +233,7 @@ class EngineFresh(Engine):
         return super().step(index)
 
 
-class Exported(Engine):
+class Exported(EnginePeer):
     """The engine as users get it around exported graphs, of a folder by `exported.prepare`."""
 
     def __init__(
@@ -257,8 +258,8 @@ class Exported(Engine):
             max_batch=case.batch,
         )
         self.ops, self.unet = self.engine.ops, self.engine.denoiser
-        self.time_bias = self.engine.unet.time_bias(case.timesteps.to(device))
-        self.text = self.engine.unet.text_projections(self.inputs["context"])
+        self.time_bias = self.unet.time_inputs(case.timesteps.to(device))
+        self.text = self.unet.text_inputs(self.inputs["context"])
         self.kept = {}
 
     @classmethod
@@ -280,9 +281,9 @@ class Exported(Engine):
         return None
 
 
-def variant(**settings: Any) -> type[Engine]:
+def variant(**settings: Any) -> type[EnginePeer]:
     """The engine with something switched: backend, only, graphed."""
-    return type("EngineVariant", (Engine,), settings)
+    return type("EngineVariant", (EnginePeer,), settings)
 
 
 def exported_to(backend: str) -> type[Exported]:
@@ -295,7 +296,7 @@ PEERS: dict[str, type[Peer]] = {
     "eager": Eager,
     "compiled": Compiled,
     "xformers": Xformers,
-    "engine": Engine,
+    "engine": EnginePeer,
     "engine-fresh": EngineFresh,
     "engine-graph": variant(graphed=True),
     **{f"engine-{name}": variant(backend=name) for name in BACKENDS},
@@ -311,7 +312,7 @@ def require(peer: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise BackendError with the reason, in a line, when a peer cannot run here."""
     reason = None
     built = PEERS[peer]
-    if not issubclass(built, Engine) and importlib.util.find_spec("diffusers") is None:
+    if not issubclass(built, EnginePeer) and importlib.util.find_spec("diffusers") is None:
         reason = "it needs diffusers: pip install diffusers"
     elif (built is Compiled or getattr(built, "graphed", False)) and device.type != "cuda":
         reason = f"it is for NVIDIA GPUs, the benchmark is on {device.type}"
@@ -320,7 +321,7 @@ def require(peer: str, device: torch.device, dtype: torch.dtype) -> None:
         reason = None if ok else why
     elif issubclass(built, Exported):
         reason = built.refused(device, dtype)
-    elif issubclass(built, Engine):
+    elif issubclass(built, EnginePeer):
         try:
             built.bound(device, dtype)
         except BackendError as error:

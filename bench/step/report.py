@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine import markdown
 from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.evaluation.report import markdown_table
 
 Record = dict[str, Any]
 COLUMNS = (
@@ -88,8 +88,8 @@ def preparations(record: Record) -> list[str]:
     ]
 
 
-def markdown_table(record: Record) -> str:
-    return markdown.table([COLUMNS, *cells(record)], texts=2)
+def step_table(record: Record) -> str:
+    return markdown_table([COLUMNS, *cells(record)], texts=2)
 
 
 def export_table(record: Record) -> str:
@@ -113,7 +113,7 @@ def export_table(record: Record) -> str:
                 record["checker"][name],
             ]
         )
-    return markdown.table(rows)
+    return markdown_table(rows)
 
 
 def export_headline(record: Record) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dualdiff_engine import memory
 from dualdiff_engine.bench.step.case import Case
 from dualdiff_engine.bench.step.peers import PEERS
+from dualdiff_engine.device import keep_freed_blocks, release_freed_blocks
 from dualdiff_engine.errors import DualDiffError
 
 
@@ -61,13 +61,13 @@ def _serve(
     if device.type == "cpu":
         # for every peer: on virtual machines fresh pages can cost more than the arithmetic, and
         # whether they do depends on the host of the hour
-        memory.keep_freed_blocks()
+        keep_freed_blocks()
     with torch.inference_mode():
         start = time.perf_counter()
         # what was exported for a peer, for those that run an export
         given = {} if folder is None else {"folder": folder}
         peer = PEERS[entry.peer](case, device, getattr(torch, entry.dtype), **given)
-        memory.release_freed_blocks()
+        release_freed_blocks()
         pipe.send({"load_s": time.perf_counter() - start, "load_peak": peak_bytes(device)})
         reset_peak(device)
         while (index := pipe.recv()) is not None:

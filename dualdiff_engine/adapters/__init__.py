@@ -1,6 +1,7 @@
 """Adapters: hostile bytes (files) -> checked names (format) -> folded tensors (fold)."""
 
 from dualdiff_engine.adapters.format import Adapter as Adapter
+from dualdiff_engine.adapters.format import AdapterSummary as AdapterSummary
 from dualdiff_engine.adapters.format import check_fits as check_fits
 from dualdiff_engine.adapters.format import convert as convert
 from dualdiff_engine.adapters.format import default_name as default_name

@@ -1,13 +1,12 @@
-"""Adapter files from strangers: found, bounded, read without running anything they hold.
+"""Find and read adapter files from other people without running code that they hold.
 
-A `.safetensors` header is checked before a tensor is read. A `.bin` is a pickle: it is opened only
-when the caller says so, always with `weights_only`, and only in the zip form that `torch.save`
-writes, naming nothing but tensors. What the tensors mean is `dualdiff_engine.adapters`' business.
+The header of a `.safetensors` file is checked before a tensor is read. A `.bin` file is a pickle.
+It is opened only if the caller asks for it, always with `weights_only`, and only in the zip form
+that `torch.save` writes, referring to nothing but tensors. `adapters.format` reads the names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -19,7 +18,7 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dualdiff_engine.errors import AdapterError, OutputError
+from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.files import sha256_of, written_whole
 
 STEM = "pytorch_lora_weights"
 
@@ -48,6 +48,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PICKLE_NAMES = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Z]\w+Storage"
 )
+_ASK = "ask the author for a .safetensors file"
 # four or five a tensor; CPython hashes tuples by recursion and crashes on one nested deeply
 _MAX_TUPLES = 8 * MAX_TENSORS
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -111,7 +112,7 @@ def read(path: Path) -> dict[str, Tensor]:
             raise AdapterError(f"{path.name!r} is empty: copy it again")
         if size > MAX_FILE_BYTES:
             raise AdapterError(
-                f"{path.name!r} has {size:,} bytes; an adapter has {MAX_FILE_BYTES:,} at most: "
+                f"{path.name!r} has {size:,} bytes; an adapter has at most {MAX_FILE_BYTES:,}: "
                 "check that it is the right file"
             )
         tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -127,24 +128,16 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def sha256(path: Path) -> str:
-    with _readable(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with _readable(path):
+        return sha256_of(path)
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write `.safetensors` so that a crash leaves the old file or none. Raises OutputError."""
-    partial = path.with_name(path.name + ".partial")
     # safetensors refuses shared memory, and would lose the sign of a negated view
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
         save_file(own, partial, {"format": "pt"})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {str(path)!r} ({error}): choose another place") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _check_header(path: Path) -> None:
@@ -169,8 +162,8 @@ def _header(path: Path) -> tuple[dict[str, object], int]:
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_BYTES or length > size - 8:
             raise AdapterError(
-                f"{path.name!r} claims a header of {length:,} bytes in a file of {size:,}: it is "
-                "damaged, copy it again, or a renamed pickle, which must end in .bin"
+                f"{path.name!r} has an invalid header ({length:,} bytes in a file of {size:,}): "
+                "copy the file again, or rename it to .bin if it is a pickle"
             )
         header_bytes = file.read(length)
     try:
@@ -180,7 +173,7 @@ def _header(path: Path) -> tuple[dict[str, object], int]:
             f"{path.name!r} has no readable safetensors header ({error}): copy it again"
         ) from error
     if not isinstance(header, dict):
-        raise AdapterError(f"{path.name!r} has a header that is no JSON object: copy it again")
+        raise AdapterError(f"the header of {path.name!r} is not a JSON object: copy the file again")
     return header, size - 8 - length
 
 
@@ -189,7 +182,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice[:MAX_NAME]!r} is there twice")
+        raise ValueError(f"{twice[:MAX_NAME]!r} occurs twice")
     return content
 
 
@@ -197,37 +190,39 @@ def _check_entry(where: str, entry: object, room: int) -> None:
     """Dtype, shape and place of one tensor in a safetensors header."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise AdapterError(
-            f"{where} lacks dtype, shape or data_offsets: the header is damaged, copy it again"
+            f"{where} has no dtype, shape or data_offsets: the header is damaged, copy the file "
+            "again"
         )
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
         raise AdapterError(
-            f"{where} is {str(dtype)[:40]!r}; adapters hold floating point only: save it as F32"
+            f"{where} has dtype {str(dtype)[:40]!r}; adapters hold floating-point tensors only: "
+            "save it as F32"
         )
     plausible = _counts(shape, room) and len(shape) <= MAX_DIMS and 0 not in shape
     plausible = plausible and _counts(place, room) and len(place) == 2
     if not plausible or place[1] - place[0] != math.prod(shape) * FLOAT_DTYPES[dtype]:
         raise AdapterError(
-            f"{where} claims shape {str(shape)[:60]} at {str(place)[:60]} of {room:,} bytes, which "
-            "does not fit: the file is cut off or damaged, copy it again"
+            f"{where} has shape {str(shape)[:60]} at bytes {str(place)[:60]} of {room:,}, which do "
+            "not match: the file is cut off or damaged, copy it again"
         )
 
 
 def _counts(numbers: object, limit: int) -> bool:
-    # `True` is an int to Python, and none to safetensors
+    # `True` is an int in Python, but not in safetensors
     return isinstance(numbers, list) and all(type(n) is int and 0 <= n <= limit for n in numbers)
 
 
 def _check_names(path: Path, names: list[str]) -> None:
     if len(names) > MAX_TENSORS:
         raise AdapterError(
-            f"{path.name!r} holds {len(names):,} tensors; an adapter has {MAX_TENSORS:,} at most: "
+            f"{path.name!r} holds {len(names):,} tensors; an adapter has at most {MAX_TENSORS:,}: "
             "check that it is the right file"
         )
     for name in names:
         if len(name) > MAX_NAME or not re.fullmatch(r"[\w.\-]+", name, re.ASCII):
             raise AdapterError(
-                f"{path.name!r} holds a tensor with an unusable name, {name[:80]!r}: check that it "
+                f"{path.name!r} holds a tensor with an invalid name, {name[:80]!r}: check that it "
                 "is the right file"
             )
 
@@ -238,7 +233,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise AdapterError(
-            f"{path.name!r} is not a sound safetensors file ({error}): copy it again"
+            f"{path.name!r} is not a valid safetensors file ({error}): copy it again"
         ) from error
 
 
@@ -252,10 +247,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             raise
         except pickle.UnpicklingError as error:
             raise AdapterError(
-                f"{path.name!r} holds more than tensors and was not opened: ask its author for "
-                ".safetensors"
+                f"{path.name!r} holds more than tensors, so it was not opened: {_ASK}"
             ) from error
-        # a stranger's program for two interpreters: whatever they raise, the file is at fault
+        # a foreign program for two interpreters: whatever they raise, the file is at fault
         except Exception as error:
             raise AdapterError(
                 f"{path.name!r} is damaged ({type(error).__name__}): copy it again"
@@ -269,17 +263,15 @@ def _check_archive(path: Path, file: BinaryIO) -> None:
     # zipfile also finds an archive behind another pickle, torch.load then reads that pickle
     if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
         raise AdapterError(
-            f"{path.name!r} is not what torch.save writes: copy it again; an old pickle must be "
-            "saved again with a current PyTorch, a renamed .safetensors named so"
+            f"{path.name!r} was not written by torch.save: copy it again. If it is an old pickle, "
+            "save it again with a current PyTorch; if it is a .safetensors file, rename it"
         )
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         # torch.save stores without compression; anything else is a decompression bomb
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         if not stored or sum(entry.file_size for entry in entries) > size:
-            raise AdapterError(
-                f"{path.name!r} unpacks to more than its own size: ask its author for .safetensors"
-            )
+            raise AdapterError(f"{path.name!r} unpacks to more than its own size: {_ASK}")
         pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         # torch's reader takes either case, and would load a storage once for every spelling
         names = [entry.filename.lower() for entry in entries]
@@ -287,13 +279,13 @@ def _check_archive(path: Path, file: BinaryIO) -> None:
         numbered = all(storage.isdigit() for storage in storages)
         if len(pickles) != 1 or len(set(names)) < len(names) or not numbered:
             raise AdapterError(
-                f"{path.name!r} is not laid out as torch.save does ({len(pickles)} pickles among "
-                f"{len(names)} files): ask its author for .safetensors"
+                f"{path.name!r} does not have the layout of torch.save ({len(pickles)} pickles "
+                f"among {len(names)} files): {_ASK}"
             )
         if pickles[0].file_size > MAX_HEADER_BYTES:
             raise AdapterError(
-                f"{path.name!r} has a pickle of {pickles[0].file_size:,} bytes, an adapter's has "
-                f"{MAX_HEADER_BYTES:,} at most: ask its author for .safetensors"
+                f"{path.name!r} has a pickle of {pickles[0].file_size:,} bytes; an adapter's has "
+                f"at most {MAX_HEADER_BYTES:,}: {_ASK}"
             )
         _check_opcodes(path, archive.read(pickles[0]))
 
@@ -306,14 +298,11 @@ def _check_opcodes(path: Path, program: bytes) -> None:
         if opcode.name == "GLOBAL" and not _PICKLE_NAMES.fullmatch(str(argument)):
             named = str(argument)[:80].replace(" ", ".")
             raise AdapterError(
-                f"{path.name!r} names {named!r}, more than tensors need, and was not opened: ask "
-                "its author for .safetensors"
+                f"{path.name!r} refers to {named!r}, which tensors do not need, so it was not "
+                f"opened: {_ASK}"
             )
     if tuples > _MAX_TUPLES:
-        raise AdapterError(
-            f"{path.name!r} holds {tuples:,} tuples, more than tensors need: ask its author for "
-            ".safetensors"
-        )
+        raise AdapterError(f"{path.name!r} holds {tuples:,} tuples, more than tensors need: {_ASK}")
 
 
 def _plain_tensors(path: Path, content: object) -> dict[str, Tensor]:
@@ -332,15 +321,15 @@ def _plain_tensors(path: Path, content: object) -> dict[str, Tensor]:
             raise AdapterError(f"{where} is not a plain tensor: save only the adapter's tensors")
         if value.dtype not in FLOATS or value.numel() == 0:
             raise AdapterError(
-                f"{where} is {value.dtype} of shape {tuple(value.shape)}; expected floating point "
-                "and some elements: save it as torch.float32"
+                f"{where} has dtype {value.dtype} and shape {tuple(value.shape)}; expected a "
+                "floating-point tensor that is not empty: save it as torch.float32"
             )
         # expanded views claim gigabytes that the file does not hold
         claimed += value.numel() * value.element_size()
         if claimed > size:
             raise AdapterError(
-                f"{where} brings the tensors to {claimed:,} bytes in a file of {size:,}: ask its "
-                "author for .safetensors"
+                f"{path.name!r}: the tensors up to {name} claim {claimed:,} bytes, the file has "
+                f"{size:,}: {_ASK}"
             )
         tensors[name] = value.detach()
     return tensors

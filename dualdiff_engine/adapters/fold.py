@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualdiff_engine.adapters.format import (
     PROJECTIONS,
+    AdapterSummary,
     Affine,
     BackgroundBlend,
     LowRank,
@@ -51,7 +51,7 @@ _TIME_PART = re.compile(r"(.+\.resnets\.\d+)\.(time_emb_proj\.(weight|bias)|conv
 class Resident:
     """A folded adapter, ready to be pointed at."""
 
-    summary: Mapping[str, Any]
+    summary: AdapterSummary
     sites: Mapping[str, Tensor]
     text: Mapping[str, Tensor]
 
@@ -70,17 +70,6 @@ def diffusers_name(engine_name: str) -> str:
     for theirs, ours in _RENAMES:
         engine_name = engine_name.replace(ours, theirs)
     return engine_name
-
-
-def site_shapes(network: nn.Module, context_width: int) -> dict[str, tuple[int, int]]:
-    """(channels, context width) of every site of a DualUNet, by diffusers' module path."""
-    shapes = {}
-    for name, module in network.named_modules():
-        if name.endswith((".attn1", ".attn2")):
-            channels = cast(int, module.channels)
-            context = channels if name.endswith("attn1") else context_width
-            shapes[diffusers_name(name)] = (channels, context)
-    return shapes
 
 
 def _resnet_order(name: str) -> tuple[int, list[int]]:

@@ -35,10 +35,10 @@ _TEXT_KEY = re.compile(
     r"text_encoder\.(?P<layer>.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight"
 )
 
-_USE_OURS = "pass one that DualAnoDiff trained"
-_INCOMPLETE = "the adapter is incomplete, use an intact copy or another checkpoint"
+_USE_OURS = "pass an adapter trained with DualAnoDiff"
+_INCOMPLETE = "the adapter is incomplete; use an intact copy or another checkpoint"
 
-# what names of other families look like, the telling ones first
+# what names of other families look like, the most specific first
 _FAMILIES = {
     r"lora_(unet|te\d?|transformer)_": "a kohya-style LoRA",
     r"text_encoder_[23]\.": "an SDXL or SD3 LoRA",
@@ -110,13 +110,25 @@ class Adapter:
 
 
 def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
-    """Read and validate an adapter file or folder. Raises AdapterError."""
+    """Read and validate an adapter; nothing is folded and no base model is needed.
+
+    Args:
+        source: a `.safetensors` file, an adapter folder, or a `checkpoint-N` folder.
+        allow_pickle: also open a `.bin` file, with `weights_only` and bounded in size.
+
+    Returns:
+        The adapter, its tensors on the CPU in the dtype of the file.
+
+    Raises:
+        AdapterError: the file is missing, damaged, a pickle that was not allowed, or not a
+            complete DualAnoDiff adapter; the message names the tensor.
+    """
     path = files.find(source, allow_pickle=allow_pickle)
     return parse(files.read(path), source=str(path), sha256=files.sha256(path))
 
 
 def default_name(source: str | Path) -> str:
-    """How to call an adapter: its file's name, or its folder's where every file is named alike."""
+    """The name of an adapter: its file's, or its folder's if the file has the released name."""
     path = Path(source).absolute()
     if path.stem == files.STEM:
         path = path.parent
@@ -125,9 +137,18 @@ def default_name(source: str | Path) -> str:
 
 
 def convert(source: str | Path, target: str | Path) -> Adapter:
-    """Read any adapter, a pickle too, and write it as `.safetensors` under the same names.
+    """Write any adapter as `.safetensors`, with the same tensors under the same names.
 
-    Raises AdapterError, OutputError.
+    Args:
+        source: as of `load`; pickles are opened, always with `weights_only`.
+        target: the file to write, replaced if it exists; its name ends in `.safetensors`.
+
+    Returns:
+        The adapter, with the sha256 of the new file.
+
+    Raises:
+        AdapterError: `source` is not a valid adapter, or `target` has another suffix.
+        OutputError: `target` cannot be written.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -148,7 +169,7 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         if (match := _SITE_KEY.fullmatch(name)) and _known_part(match["part"]):
             if match["part"] in site_parts[match["site"]]:
                 raise AdapterError(
-                    f"{name} is there twice, with and without chained_proc: keep one"
+                    f"{name} occurs twice, with and without chained_proc: keep one of them"
                 )
             site_parts[match["site"]][match["part"]] = tensor
             if match["chained"]:
@@ -159,8 +180,8 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
             raise AdapterError(_foreign(name))
     if not site_parts:
         raise AdapterError(
-            f"{next(iter(tensors), 'the file')}: no UNet site beside it, so this is no DualAnoDiff "
-            f"adapter; {_USE_OURS}"
+            f"{next(iter(tensors), 'the file')}: no UNet attention weights found; not a "
+            f"DualAnoDiff adapter: {_USE_OURS}"
         )
     background = any("temporal_a" in parts for parts in site_parts.values())
     _check_chained(chained, background)
@@ -193,10 +214,10 @@ def _prefix(site: str, chained: bool) -> str:
 
 
 def _foreign(name: str) -> str:
-    """Why a name is not ours, guessing the family it comes from."""
+    """The message for a foreign tensor name, with the family it seems to come from."""
     for pattern, family in _FAMILIES.items():
         if re.match(pattern, name):
-            return f"{name}: this is {family}, no two-branch DualAnoDiff adapter; {_USE_OURS}"
+            return f"{name}: this is {family}, not a two-branch DualAnoDiff adapter: {_USE_OURS}"
     return f"{name} is not part of a DualAnoDiff adapter: remove it or retrain"
 
 
@@ -205,7 +226,7 @@ def _check_chained(chained: set[str], background: bool) -> None:
         if not background or not site.endswith("attn1"):
             raise AdapterError(
                 f"{_prefix(site, True)}: only self-attention of an adapter with background has "
-                "this: drop `chained_proc.` from the name, or add the missing background tensors"
+                "this name: remove `chained_proc.`, or add the missing background tensors"
             )
 
 
@@ -227,7 +248,7 @@ class _Parts:
             want = ["any" if n is None else n for n in shape]
             raise AdapterError(
                 f"{self.prefix}.{name} has shape {list(tensor.shape)}, expected {want}: the file "
-                "is damaged or of another model, use an intact copy"
+                "is damaged or belongs to another model; use an intact copy"
             )
         return tensor
 
@@ -251,8 +272,8 @@ def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
     widths = {lora[b][p].down.shape[1] for b in range(len(BRANCHES)) for p in ("k", "v")}
     if len(widths) > 1:
         raise AdapterError(
-            f"{parts.prefix}: k and v read contexts of different widths {sorted(widths)}: the file "
-            "is damaged, use an intact copy"
+            f"{parts.prefix}: k and v have different input widths {sorted(widths)}: the file is "
+            "damaged; use an intact copy"
         )
     interaction = {
         ours: parts.affine(f"temporal_{theirs}", *([channels] * (1 if theirs == "n" else 2)))
@@ -271,8 +292,8 @@ def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
         blend = loaded if is_self else None
     elif blend_parts:
         raise AdapterError(
-            f"{parts.prefix}.{blend_parts[0]}: a background tensor, but temporal_a is nowhere in "
-            f"the file: {_INCOMPLETE}"
+            f"{parts.prefix}.{blend_parts[0]} is a background tensor, but the file has no "
+            f"temporal_a: {_INCOMPLETE}"
         )
     return SiteAdapter((lora[0], lora[1]), interaction, blend)
 
@@ -295,8 +316,8 @@ def _one_rank(where: str, tensors: Mapping[str, Tensor]) -> int:
     for name, rank in ranks.items():
         if rank != usual:
             raise AdapterError(
-                f"{name} has rank {rank}, the others {usual}: the file is damaged, use an intact "
-                "copy"
+                f"{name} has rank {rank}, the others have rank {usual}: the file is damaged; use "
+                "an intact copy"
             )
     return usual
 
@@ -310,47 +331,73 @@ def check_fits(
 
     sites: the base's (channels, context width) by module path. text_layers: hidden width by path.
     """
-    remedy = "it was trained on another base model: load the base it belongs to"
+    remedy = "the adapter was trained on another base model; load that base"
     for name, site in adapter.sites.items():
         if name not in sites:
-            raise AdapterError(f"unet.{name}: the base model has no such site; {remedy}")
+            raise AdapterError(f"unet.{name}: the base model has no such attention site: {remedy}")
         have = (site.channels, site.lora[0]["k"].down.shape[1])
         if have != sites[name]:
             raise AdapterError(
-                f"unet.{name} has (channels, context width) {have}, the base has {sites[name]}; "
+                f"unet.{name} has (channels, context width) {have}, the base has {sites[name]}: "
                 f"{remedy}"
             )
     if missing := sorted(set(sites) - set(adapter.sites)):
         raise AdapterError(
-            f"unet.{missing[0]} is missing, and every site of the base needs its part; {remedy}"
+            f"unet.{missing[0]} is missing; every attention site of the base needs weights: "
+            f"{remedy}"
         )
     for layer, pairs in adapter.text.items():
         width = pairs["q"].down.shape[1]
         if layer not in text_layers:
-            raise AdapterError(f"text_encoder.{layer}: the base model has no such layer; {remedy}")
+            raise AdapterError(f"text_encoder.{layer}: the base model has no such layer: {remedy}")
         if text_layers[layer] != width:
             raise AdapterError(
-                f"text_encoder.{layer} has width {width}, the base's {text_layers[layer]}; {remedy}"
+                f"text_encoder.{layer} has width {width}, the base has {text_layers[layer]}: "
+                f"{remedy}"
             )
     if adapter.text and (missing := sorted(set(text_layers) - set(adapter.text))):
         raise AdapterError(f"text_encoder.{missing[0]} is missing: {_INCOMPLETE}")
 
 
-def summary(adapter: Adapter) -> dict[str, object]:
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What is known of an adapter without its tensors; JSON-ready through `asdict`.
+
+    file: its path. rank: of all LoRA. sites: how many. background: whether it needs one. blend: the
+    learnt share of the background per site. text_encoder_layers: how many carry LoRA.
+    context_width: of the prompts that it reads. base: the family of base models that it fits.
+    """
+
+    file: str
+    sha256: str
+    branches: list[str]
+    rank: int
+    sites: int
+    background: bool
+    blend: dict[str, float]
+    text_encoder_layers: int
+    parameters: int
+    context_width: list[int]
+    base: str
+
+
+def summary(adapter: Adapter) -> AdapterSummary:
     """What `dualdiff inspect` shows."""
-    widths = {s.lora[0]["k"].down.shape[1] for n, s in adapter.sites.items() if n.endswith("attn2")}
+    widths = sorted(
+        {s.lora[0]["k"].down.shape[1] for n, s in adapter.sites.items() if n.endswith("attn2")}
+    )
     families = {768: "SD-1.x", 1024: "SD-2.x"}
     blends = {n: s.background for n, s in adapter.sites.items() if s.background is not None}
-    return {
-        "file": adapter.source,
-        "sha256": adapter.sha256,
-        "branches": list(BRANCHES),
-        "rank": adapter.rank,
-        "sites": len(adapter.sites),
-        "background": adapter.has_background,
-        "blend": {name: float(blend.amount.to(torch.float64)) for name, blend in blends.items()},
-        "text_encoder_layers": len(adapter.text),
-        "parameters": adapter.parameters,
-        "context_width": sorted(widths),
-        "base": ", ".join(families.get(w, f"a model with text width {w}") for w in sorted(widths)),
-    }
+    return AdapterSummary(
+        file=adapter.source,
+        sha256=adapter.sha256,
+        branches=list(BRANCHES),
+        rank=adapter.rank,
+        sites=len(adapter.sites),
+        background=adapter.has_background,
+        blend={name: float(blend.amount.to(torch.float64)) for name, blend in blends.items()},
+        text_encoder_layers=len(adapter.text),
+        parameters=adapter.parameters,
+        context_width=widths,
+        base=", ".join(families.get(w, f"a model with text width {w}") for w in widths),
+    )

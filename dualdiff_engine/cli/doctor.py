@@ -33,15 +33,17 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Show versions, devices, and which backend serves each operation."""
-    from dualdiff_engine import ops, recipe, request
+    from dualdiff_engine import ops
+    from dualdiff_engine.device import device_of, devices, dtype_of
+    from dualdiff_engine.pair import versions
 
-    chosen_device = request.device_of(device)
-    chosen_dtype = request.dtype_of(dtype, chosen_device)
+    chosen_device = device_of(device)
+    chosen_dtype = dtype_of(dtype, chosen_device)
     bound = ops.bind(backend, device=chosen_device, dtype=chosen_dtype)
     report: dict[str, Any] = {
-        "versions": {"python": platform.python_version(), **recipe.versions()},
+        "versions": {"python": platform.python_version(), **versions()},
         "optional": {name: _installed(name) for name in OPTIONAL},
-        "devices": recipe.devices(),
+        "devices": devices(),
         "device": str(chosen_device),
         "dtype": str(chosen_dtype).removeprefix("torch."),
         "ops": [row._asdict() for row in bound.table],

@@ -87,12 +87,12 @@ def downstream(
 ) -> None:
     """Train a small network on pairs, on few real pictures and on both; test on unseen ones."""
     from dualdiff_engine.evaluation import data, records, report, tasks
-    from dualdiff_engine.evaluation.downstream import Options, run
+    from dualdiff_engine.evaluation.downstream import DownstreamOptions, run
 
     if out is not None:
         records.check_writable(out)
     given = {"steps": steps, "batch": batch, "size": size, "seeds": _listed(seeds)}
-    options = Options(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    options = DownstreamOptions(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     if (demo is None) == (real is None):
         raise SettingsError("pass --real FOLDER, or --demo washer/stain")
     if demo is not None:

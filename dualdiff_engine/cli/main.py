@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,7 +60,7 @@ from dualdiff_engine.errors import (
     SettingsError,
 )
 from dualdiff_engine.export.cli import register
-from dualdiff_engine.settings import Background, Prompts, Sampling
+from dualdiff_engine.settings import Background, Prompts
 
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
@@ -245,15 +246,10 @@ def _listed(text: str) -> list[int]:
 
 def _checked_sampling(given: dict[str, Any], size: str | None) -> dict[str, Any]:
     """The sampling arguments of `Engine.stream`, refused here rather than after loading."""
-    if size is None:
-        Sampling(**given)
-        return given
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", size)
-    if match is None:
-        raise SettingsError(f"--size must be 512 or 512x768 (HEIGHTxWIDTH), got {size!r}")
-    height, width = int(match[1]), int(match[2] or match[1])
-    Sampling(**given, height=height, width=width)
-    return {**given, "size": (height, width)}
+    if size is not None:
+        given = {**given, "size": settings.size_from_text(size)}
+    settings.sampling_of(None, **given)
+    return given
 
 
 def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | None:
@@ -261,12 +257,10 @@ def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | N
         if given:
             raise SettingsError("--object-mask and --background-noise… need --background PICTURE")
         return None
-    background = Background(picture, **given)
-    from dualdiff_engine.pipeline.background import cut_out
+    from dualdiff_engine.pipeline.background import opened
 
-    # pictures that cannot be read or do not match are refused before models are
-    cut_out(background, 8, 8)
-    return background
+    # pictures that cannot be read or do not match are refused before models are loaded
+    return opened(Background(picture, **given))
 
 
 def _write_pairs(engine: Engine, pairs: Any, writer: FolderWriter, quiet: bool) -> None:
@@ -312,7 +306,7 @@ def inspect(
     loaded = adapters.load(adapter, allow_pickle=allow_pickle)
     if base is not None:
         adapters.check_fits(loaded, *_shapes(base))
-    summary: dict[str, Any] = {**adapters.summary(loaded), "fits": base}
+    summary: dict[str, Any] = {**asdict(adapters.summary(loaded)), "fits": base}
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return
@@ -331,15 +325,14 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     from dualdiff_engine.base_model import BaseModel
 
     model = BaseModel(base)
-    keys = {name: model.unet[name] for name in model.unet if name.endswith(".to_k.weight")}
-    sites = {n.removesuffix(".to_k.weight"): (k.shape[0], k.shape[1]) for n, k in keys.items()}
     path = model.folder / "text_encoder" / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
         width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseModelError(f"{path} cannot be read: the base model is incomplete") from error
-    return sites, {f"text_model.encoder.layers.{n}.self_attn": width for n in range(layers)}
+    layer = "text_model.encoder.layers.{}.self_attn"
+    return model.site_shapes, {layer.format(n): width for n in range(layers)}
 
 
 app.command()(doctor)

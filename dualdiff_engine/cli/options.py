@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from dualdiff_engine.settings import NoiseMode
+from dualdiff_engine.settings import (
+    BACKGROUND_GUIDANCE,
+    BACKGROUND_STEPS,
+    PLAIN_GUIDANCE,
+    PLAIN_STEPS,
+    NoiseMode,
+)
+
+_RELEASED = "Default: {}, with a background {}."
 
 # no run is this long; a slip of the finger is
 MOST_PAIRS = 1_000_000
@@ -22,8 +30,10 @@ Count = Annotated[int | None, typer.Option("--count", "-n", min=1, max=MOST_PAIR
 Seeds = Annotated[str | None, typer.Option(help="A pair each: 1,2,5 or 10:20 (which ends at 19).")]
 Seed = Annotated[int | None, typer.Option(help="Of the first pair, then one up each.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pairs computed at once.")]
-Steps = Annotated[int | None, typer.Option(help="By default 100, with background 50.")]
-Guidance = Annotated[float | None, typer.Option(help="By default 2.5, with background 2.0.")]
+Steps = Annotated[int | None, typer.Option(help=_RELEASED.format(PLAIN_STEPS, BACKGROUND_STEPS))]
+Guidance = Annotated[
+    float | None, typer.Option(help=_RELEASED.format(PLAIN_GUIDANCE, BACKGROUND_GUIDANCE))
+]
 Scheduler = Annotated[str | None, typer.Option(help="A diffusers class; by default the base's.")]
 Size = Annotated[str | None, typer.Option(help="Pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
 Prompt = Annotated[str, typer.Option()]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dualdiff_engine.errors import DataError, SettingsError
 from dualdiff_engine.folder_writer import MANIFEST
-from dualdiff_engine.pipeline.background import open_picture
+from dualdiff_engine.pictures import open_picture
 from dualdiff_engine.training.data import find_examples, pictures_in
 from dualdiff_engine.training.options import TrainingOptions
 

@@ -29,7 +29,7 @@ FEWEST = 2
 
 
 @dataclass(frozen=True)
-class Options:
+class DownstreamOptions:
     """How every network is trained.
 
     steps: optimizer steps. batch: pictures per step, half of them good, none where there are none.
@@ -103,7 +103,7 @@ class Task:
 
 
 def run(
-    task: Task, options: Options, report: Callable[[str], None] = lambda line: None
+    task: Task, options: DownstreamOptions, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Train a network per arm and seed, and test each; JSON-ready.
 
@@ -155,7 +155,7 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
-def train(defective: Material, good: Bytes, options: Options, seed: int) -> UNet:
+def train(defective: Material, good: Bytes, options: DownstreamOptions, seed: int) -> UNet:
     """A U-Net in eval mode, the same on every run with as many threads.
 
     Loss: binary cross entropy and soft Dice (Milletari et al. 2016) over the batch.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualdiff_engine.evaluation.data import Bytes, Flags, Sample, reduced, reduced_mask
-from dualdiff_engine.pipeline.background import open_picture
+from dualdiff_engine.pictures import open_picture
 
 DISTANCE_SIZE = 64
 # of the longer side: one latent pixel of SD-1.5 at 512, as wide as a decoder smears an edge

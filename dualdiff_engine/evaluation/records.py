@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine import recipe
 from dualdiff_engine.errors import DataError, OutputError
 from dualdiff_engine.evaluation import quality
 from dualdiff_engine.evaluation.data import Sample
+from dualdiff_engine.files import write_whole
+from dualdiff_engine.pair import versions
 
 Measure = Callable[[Sequence[Sample], Sequence[Sample]], dict[str, Any]]
 
@@ -35,7 +36,7 @@ def quality_record(
         found[name] = quality.measure(samples, matched[name])
         for label, measure in (extra or {}).items():
             found[name][label] = measure(samples, matched[name])
-    return {"versions": recipe.versions(), "defects": found}
+    return {"versions": versions(), "defects": found}
 
 
 def _match(
@@ -62,9 +63,5 @@ def check_writable(path: Path) -> None:
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """JSON, all of it or nothing. Raises OutputError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror})") from error
+    content = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    write_whole(path, content.encode())

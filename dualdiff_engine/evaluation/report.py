@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from dualdiff_engine import markdown
 from dualdiff_engine.evaluation.downstream import METRICS
 
 _HEADS = {
@@ -24,6 +23,12 @@ _ARMS = {
 }
 
 
+def markdown_table(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table. rows[0]: headings, of which all but the first `texts` are of numbers."""
+    lines = [rows[0], ["---"] * texts + ["---:"] * (len(rows[0]) - texts), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def downstream(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Table of downstream records by name: a row per task and arm, mean ± spread over seeds.
 
@@ -37,7 +42,7 @@ def downstream(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     if len(tasks) > 1:
         for arm, found in overall(tasks).items():
             lines.append(["**mean**", _label(arm, found["pictures"]), *_cells(found)])
-    return markdown.table(lines, texts=2)
+    return markdown_table(lines, texts=2)
 
 
 def overall(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -111,7 +116,7 @@ def quality(record: Mapping[str, Any]) -> str:
         values = [_at(measures, path) for measures in found.values()]
         if any(value is not None for value in values):
             lines.append([label, *map(_figure, values)])
-    return markdown.table(lines)
+    return markdown_table(lines)
 
 
 _MEASURES = (

@@ -9,7 +9,7 @@ from dualdiff_engine.model.call import Call
 from dualdiff_engine.ops import Ops
 
 
-class Site(nn.Module):
+class AttentionSite(nn.Module):
     """What self and text sites share: the output projection and the exchange.
 
     Weights are folded by `adapters.fold` and assigned as buffers: another adapter is
@@ -54,7 +54,7 @@ class Site(nn.Module):
         ).view_as(residual)
 
 
-class SelfSite(Site):
+class SelfSite(AttentionSite):
     """Self-attention; with a background, its keys and values join those of the image branch."""
 
     qkv_weight: Tensor
@@ -93,7 +93,7 @@ class SelfSite(Site):
         return self.ops.linear(hidden, self.background_weight, self.background_bias)
 
 
-class TextSite(Site):
+class TextSite(AttentionSite):
     """Attention to the prompt. Keys and values are constants of the run, made by `project`."""
 
     q_weight: Tensor

@@ -1,11 +1,53 @@
-"""What one denoiser call holds fixed for every layer."""
+"""A denoiser call: what runs one, and what it holds fixed for every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """What predicts noise: the network, its CUDA graphs, or an exported graph in a runtime.
+
+    What a denoiser makes of timesteps and prompts is its own: callers make it once per run and hand
+    it back in every call.
+    """
+
+    def time_inputs(self, timesteps: Tensor, /) -> list[Sequence[Tensor]]:
+        """For every timestep [T], what a call at it needs."""
+        ...
+
+    def text_inputs(self, context: Tensor, /) -> list[Tensor]:
+        """Prompt embeddings [2 branches, R, L, X] -> what a call needs of them."""
+        ...
+
+    def background_shares(
+        self, latents: Tensor, time: Sequence[Tensor], text: Sequence[Tensor], /
+    ) -> list[Tensor]:
+        """The background pass; latents [R, 4, h, w], noised -> what a call needs of them."""
+        ...
+
+    def __call__(
+        self,
+        latents: Tensor,
+        time: Sequence[Tensor],
+        text: Sequence[Tensor],
+        background: Sequence[Tensor] | None = None,
+        /,
+    ) -> Tensor:
+        """Predict the noise [2, R, B, 4, h, w] of latents [2, R or 1, B, 4, h, w]."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Take the folded tensors of another adapter."""
+        ...
+
+    def release(self) -> None:
+        """Drop every weight; the denoiser is not called again."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualdiff_engine.errors import BackendError
+from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.ops import Ops
 
 # compiles kernels, lets libraries choose theirs and allocate their workspaces
 WARM_UP = 2
@@ -108,9 +109,18 @@ class GraphedDenoiser:
         self._graphs: dict[tuple[object, ...], tuple[Inputs, Run]] = {}
         self._owns_adapter = False
 
-    def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
-        """As `DualUNet.time_bias`: once per run, nothing to capture."""
-        return self.unet.time_bias(timesteps)
+    def time_inputs(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
+        """As `DualUNet.time_inputs`: once per run, nothing to capture."""
+        return self.unet.time_inputs(timesteps)
+
+    def text_inputs(self, context: Tensor) -> list[Tensor]:
+        """As `DualUNet.text_inputs`: once per run, nothing to capture."""
+        return self.unet.text_inputs(context)
+
+    def release(self) -> None:
+        """Drop every graph and every weight."""
+        self._graphs.clear()
+        self.unet.release()
 
     @torch.inference_mode()
     def __call__(
@@ -186,3 +196,16 @@ class GraphedDenoiser:
             buffers = self.unet.named_buffers()
             self.unet.load({name: x.clone() for name, x in buffers if not x.is_meta})
             self._owns_adapter = True
+
+
+def wanted(asked: bool | None, device: torch.device, ops: Ops) -> bool:
+    """Whether to capture; by default where Triton's kernels serve attention on a GPU.
+
+    Raises SettingsError when graphs are asked for without a GPU.
+    """
+    if asked and device.type != "cuda":
+        raise SettingsError(f"cuda_graph needs an NVIDIA GPU, the engine is on {device}")
+    if asked is not None:
+        return asked
+    row = next(row for row in ops.table if row.op == "attention")
+    return device.type == "cuda" and row.backend == "triton"

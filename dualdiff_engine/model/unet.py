@@ -97,12 +97,16 @@ class DualUNet(nn.Module):
         """Parameters not loaded yet; what adapters bring, the buffers, aside."""
         return [name for name, parameter in self.named_parameters() if parameter.is_meta]
 
-    def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
+    def release(self) -> None:
+        """Drop every weight; the network cannot run any more."""
+        self.to("meta")
+
+    def time_inputs(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
         """For every timestep [T], the bias of each resnet's first convolution, [C_out]."""
         return self.embedded_bias(timesteps, frequencies(self.config, timesteps.device))
 
     def embedded_bias(self, timesteps: Tensor, frequencies: Tensor) -> list[Sequence[Tensor]]:
-        """As `time_bias`, with the `frequencies` of the embedding given."""
+        """As `time_inputs`, with the `frequencies` of the embedding given."""
         embedding = timestep_embedding(timesteps, frequencies, self.config.flip_sin_to_cos)
         embedding = embedding.to(self.time_table.weight.dtype)
         linear, silu = self.ops.linear, nn.functional.silu
@@ -111,7 +115,7 @@ class DualUNet(nn.Module):
         table = linear(hidden, self.time_table.weight, self.time_table.bias)
         return [row.split(self.time_widths) for row in table]
 
-    def text_projections(self, context: Tensor) -> list[Tensor]:
+    def text_inputs(self, context: Tensor) -> list[Tensor]:
         """context [F, R, L, X] -> keys and values of every text site, [F, R, L, 2·C]."""
         return [block.attn2.project(context) for block in self.transformer_blocks]
 
@@ -120,7 +124,7 @@ class DualUNet(nn.Module):
     ) -> list[Tensor]:
         """The background pass: the first branch alone, without exchange.
 
-        latents [R, 4, h, w], noised to the timestep; text as from `text_projections`, of which the
+        latents [R, 4, h, w], noised to the timestep; text as from `text_inputs`, of which the
         first branch is used -> per self site, shares of its keys and values [R, S, 2·C].
         """
         rows = latents.shape[0]

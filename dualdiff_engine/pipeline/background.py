@@ -8,52 +8,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from dualdiff_engine.device import spare_bytes
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.settings import Background
-
-# larger pictures are refused before they are decoded
-MAX_PIXELS = 64_000_000
+from dualdiff_engine.pictures import open_picture
+from dualdiff_engine.settings import Background, Prompts
 
 Shares = Sequence[Tensor]
 Pass = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 
-def open_picture(picture: Any, name: str, mode: str) -> Image.Image:
-    """A path, PIL image or uint8 array as a PIL image of `mode`. Raises SettingsError."""
-    if isinstance(picture, str | Path):
-        try:
-            with Image.open(picture) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise SettingsError(
-                        f"{name} {str(picture)!r} has more than {MAX_PIXELS:,} pixels"
-                    )
-                return opened.convert(mode)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise SettingsError(f"{name}: {str(picture)!r} is not a readable picture") from error
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise SettingsError(
-                f"{name} array must be uint8 [H, W] or [H, W, 3], "
-                f"got {picture.dtype} {list(picture.shape)}"
-            )
-        return Image.fromarray(picture).convert(mode)
-    if isinstance(picture, Image.Image):
-        return picture.convert(mode)
-    raise SettingsError(f"{name} must be a path, a PIL image or a uint8 array, got {type(picture)}")
+def opened(background: Background) -> Background:
+    """The same with its pictures read, so that nothing is opened twice.
 
-
-def cut_out(background: Background, height: int, width: int) -> np.ndarray:
-    """The surroundings alone, uint8 [height, width, 3]: object pixels black."""
+    Raises SettingsError for a picture that cannot be read, or a mask of another size.
+    """
     picture = open_picture(background.picture, "background picture", "RGB")
-    pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+    mask = None
     if background.object_mask is not None:
         mask = open_picture(background.object_mask, "background object_mask", "L")
         if mask.size != picture.size:
@@ -61,8 +39,17 @@ def cut_out(background: Background, height: int, width: int) -> np.ndarray:
                 f"background object_mask is {mask.size}, its picture {picture.size}: "
                 "they must match"
             )
+    return replace(background, picture=picture, object_mask=mask)
+
+
+def cut_out(background: Background, height: int, width: int) -> np.ndarray:
+    """The surroundings alone, uint8 [height, width, 3]: object pixels black."""
+    background = opened(background)
+    pixels = np.array(background.picture.resize((width, height), Image.Resampling.BICUBIC))
+    if background.object_mask is not None:
         # nearest: a mask has no grey
-        pixels[np.array(mask.resize((width, height), Image.Resampling.NEAREST)) > 127] = 0
+        mask = background.object_mask.resize((width, height), Image.Resampling.NEAREST)
+        pixels[np.array(mask) > 127] = 0
     return pixels
 
 
@@ -136,3 +123,58 @@ class BackgroundBank:
         # schedulers with fractional timesteps: the nearest one that was trained
         index = timestep.round().long().reshape(1).cpu()
         return self.noiser.add_noise(self.latents, draw.to(self.latents.device), index)
+
+
+class BankStore:
+    """Keeps the last bank: with fixed noise, later runs reuse its keys and values."""
+
+    def __init__(self) -> None:
+        self._last: tuple[object, BackgroundBank] | None = None
+
+    def clear(self) -> None:
+        """Forget the bank: it belongs to one adapter."""
+        self._last = None
+
+    def open(
+        self,
+        background: Background,
+        pixels: np.ndarray | None,
+        latents: Tensor | None,
+        noise: Tensor | None,
+        *,
+        shape: tuple[int, ...],
+        prompts: Prompts,
+        vae: Any,
+        make_noiser: Callable[[], Any],
+        device: torch.device,
+    ) -> tuple[BackgroundBank, dict[str, Any]]:
+        """A bank, the last one if nothing that it depends on changed, and its part of the recipe.
+
+        pixels: of the background, as from `cut_out`, or latents [2, 4, h, w] in their place. noise
+        [calls, 2, 4, h, w] replaces the draws. shape: of the bank's latents, [R, 4, h, w].
+        """
+        mode, seed, rows = background.noise, background.noise_seed, shape[0]
+        record: dict[str, Any] = {
+            "noise": mode if noise is None else "given",
+            "noise_seed": seed,
+            "picture_sha256": None,
+        }
+        key = None
+        if latents is None:
+            assert pixels is not None, "a background has pixels or latents"
+            record["picture_sha256"] = digest(pixels)
+            if noise is None:
+                key = (record["picture_sha256"], shape, prompts, mode, seed)
+            if key is not None and self._last is not None and self._last[0] == key:
+                return self._last[1], record
+            latents = encode(vae, pixels)
+        bank = BackgroundBank(
+            latents[-rows:].to(device),
+            make_noiser(),
+            mode if noise is None else noise[:, -rows:],
+            seed,
+            spare_bytes(device),
+        )
+        if key is not None:
+            self._last = key, bank
+        return bank, record

@@ -9,14 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine.model.cuda_graph import GraphedDenoiser
-from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import Ops
 from dualdiff_engine.pipeline.background import BackgroundBank
-from dualdiff_engine.settings import Sampling
+from dualdiff_engine.settings import ChosenSampling
 
 # (step, timestep, latents [B, 2, 4, h, w]) -> latents to go on with, or None to stop
 StepEnd = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+class Schedule:
+    """The schedulers of one run: a fresh one per batch, all with the same timesteps.
+
+    make: a new scheduler. calls: denoiser calls of a batch, which some schedulers have more of than
+    steps.
+    """
+
+    def __init__(self, make: Callable[[], Any], steps: int, device: torch.device) -> None:
+        self._make, self._steps, self._device = make, steps, device
+        self._unused: Any = self._made()
+        self.calls = len(self._unused.timesteps)
+
+    def fresh(self) -> Any:
+        """A scheduler that has not stepped, its timesteps set."""
+        scheduler, self._unused = self._unused or self._made(), None
+        return scheduler
+
+    def _made(self) -> Any:
+        scheduler = self._make()
+        scheduler.set_timesteps(self._steps, device=self._device)
+        return scheduler
 
 
 def draw_latents(generators: Sequence[torch.Generator], height: int, width: int) -> Tensor:
@@ -25,23 +47,23 @@ def draw_latents(generators: Sequence[torch.Generator], height: int, width: int)
 
 
 def denoise(
-    unet: DualUNet | GraphedDenoiser,
+    denoiser: Denoiser,
     ops: Ops,
     scheduler: Any,
     latents: Tensor,
     text: Sequence[Tensor],
-    sampling: Sampling,
+    sampling: ChosenSampling,
     generators: Sequence[torch.Generator],
     background: BackgroundBank | None,
     step_end: StepEnd,
 ) -> Tensor | None:
     """Clean latents [B, 2, 4, h, w] fp32 from standard normal ones, or None when stopped.
 
-    scheduler: fresh, steps already set. text: as from `DualUNet.text_projections`, with as many
+    scheduler: fresh, steps already set. text: as from `Denoiser.text_inputs`, with as many
     guidance rows as the sampling has. Latents and scheduler arithmetic stay in fp32.
     """
     timesteps = scheduler.timesteps
-    time_bias = unet.time_bias(timesteps)
+    time_inputs = denoiser.time_inputs(timesteps)
     extra: dict[str, Any] = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         # a list makes diffusers draw each pair's noise from its own generator
@@ -49,15 +71,15 @@ def denoise(
     if background is not None:
         background.rewind()
 
-    def background_pass(noised: Tensor, bias: Sequence[Tensor]) -> list[Tensor]:
-        return unet.background_shares(noised, bias, text)
+    def background_pass(noised: Tensor, time: Sequence[Tensor]) -> list[Tensor]:
+        return denoiser.background_shares(noised, time, text)
 
     latents = latents * scheduler.init_noise_sigma
     for step, timestep in enumerate(timesteps):
-        bias = time_bias[step]
-        shares = background.shares(timestep, bias, background_pass) if background else None
+        time = time_inputs[step]
+        shares = background.shares(timestep, time, background_pass) if background else None
         scaled = scheduler.scale_model_input(latents, timestep)
-        noise = unet(scaled.transpose(0, 1).unsqueeze(1), bias, text, shares)
+        noise = denoiser(scaled.transpose(0, 1).unsqueeze(1), time, text, shares)
         guided = (
             ops.guided_step(noise, sampling.guidance) if sampling.guided else noise[:, 0].float()
         )

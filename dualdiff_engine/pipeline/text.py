@@ -54,12 +54,15 @@ class TextEncoder:
                 )
         return torch.tensor(ids)
 
-    def encode(self, prompts: list[str], changed: Mapping[str, Tensor]) -> Tensor:
-        """[len(prompts), L, X] fp32; changed: as from `fold`, empty for the base alone."""
-        ids = self.tokenize(prompts).to(self.encoder.device)
+    def encode(self, tokens: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
+        """Token ids [n, L] -> [n, L, X] fp32; changed: as from `fold`, empty for the base alone."""
+        ids = tokens.to(self.encoder.device)
         return torch.func.functional_call(self.encoder, dict(changed), (ids,))[0]
 
-    def encode_pair(self, prompts: Prompts, changed: Mapping[str, Tensor]) -> Tensor:
-        """[2 branches, 2 rows (negative, prompt), L, X] fp32."""
-        texts = [prompts.negative, prompts.image, prompts.negative, prompts.anomaly]
-        return self.encode(texts, changed).unflatten(0, (2, 2))
+    def tokenize_pair(self, prompts: Prompts) -> Tensor:
+        """Token ids [4, L] of both branches' negative prompt and prompt. Raises SettingsError."""
+        return self.tokenize([prompts.negative, prompts.image, prompts.negative, prompts.anomaly])
+
+    def encode_pair(self, tokens: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
+        """tokens as from `tokenize_pair` -> [2 branches, 2 rows (negative, prompt), L, X] fp32."""
+        return self.encode(tokens, changed).unflatten(0, (2, 2))

@@ -11,7 +11,6 @@ MVTec AD has no object masks: the third and fifth are this project's extension o
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from dualdiff_engine.errors import DataError, SettingsError
-from dualdiff_engine.pipeline.background import cut_out, open_picture
+from dualdiff_engine.files import sha256_of
+from dualdiff_engine.pictures import open_picture
+from dualdiff_engine.pipeline.background import cut_out
 from dualdiff_engine.settings import Background
 from dualdiff_engine.training.options import TrainingOptions
 
@@ -123,7 +124,7 @@ def listing(data: str | Path, examples: list[Example]) -> list[dict[str, str]]:
     return [
         {
             "file": path.relative_to(root).as_posix(),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "sha256": sha256_of(path),
         }
         for example in examples
         for path in example.files

@@ -17,7 +17,7 @@ from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import BRANCHES
 from dualdiff_engine.training.options import TrainingOptions
-from dualdiff_engine.training.site import Site
+from dualdiff_engine.training.site import TrainableSite
 
 
 class TrainableNetwork:
@@ -76,7 +76,7 @@ class TrainableNetwork:
 
     def encode(self, prompts: list[str]) -> Tensor:
         """[len(prompts), L, X] fp32, with the text encoder's LoRA if it is trained."""
-        return self.text.encode(prompts, self.text.fold(self._text_lora))
+        return self.text.encode(self.text.tokenize(prompts), self.text.fold(self._text_lora))
 
     def __call__(
         self,
@@ -115,7 +115,7 @@ class TrainableNetwork:
                 parameter.copy_(tensors[name])
 
 
-def _sites(unet: Any, options: TrainingOptions) -> dict[str, Site]:
+def _sites(unet: Any, options: TrainingOptions) -> dict[str, TrainableSite]:
     """Empty sites by module path."""
     strands = len(BRANCHES) + options.background
     sites = {}
@@ -124,7 +124,7 @@ def _sites(unet: Any, options: TrainingOptions) -> dict[str, Site]:
         attn = unet.get_submodule(name)
         blend = options.blend_width if options.background and name.endswith("attn1") else 0
         with torch.device("meta"):
-            sites[name] = Site(
+            sites[name] = TrainableSite(
                 attn.to_q.weight.shape[0], attn.to_k.weight.shape[1], options.rank, strands, blend
             )
     return sites

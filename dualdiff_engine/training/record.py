@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dualdiff_engine import adapters, recipe
+from dualdiff_engine import adapters
 from dualdiff_engine.base_model import BaseModel
-from dualdiff_engine.errors import OutputError
+from dualdiff_engine.files import write_whole
+from dualdiff_engine.pair import versions
 from dualdiff_engine.settings import BRANCHES, Background
 from dualdiff_engine.training.options import TrainingOptions
 
@@ -47,21 +48,11 @@ def write(
             "mean_of_steps": every,
             **{b: [round(v, 5) for v in means[:, n].tolist()] for n, b in enumerate(BRANCHES)},
         },
-        "versions": recipe.versions(),
+        "versions": versions(),
     }
     # a line for every entry; curves and listings would fill pages with an indent
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
-    replace(output / RECORD, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises OutputError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path} ({error.strerror}): free some space") from error
+    write_whole(output / RECORD, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def draw_curve(path: Path, losses: Tensor) -> bool:
@@ -87,7 +78,7 @@ def draw_curve(path: Path, losses: Tensor) -> bool:
     axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    replace(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return True
 
 
@@ -123,4 +114,4 @@ def draw_sheet(
             columns.append([pair.image, pair.anomaly, overlay(pair.image, pair.mask)])
     buffer = io.BytesIO()
     grid(columns).save(buffer, "PNG")
-    replace(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())

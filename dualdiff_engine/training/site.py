@@ -44,7 +44,7 @@ class LowRankLayer(nn.Module):
         return linear(self.up, linear(self.down, x))
 
 
-class Site(nn.Module):
+class TrainableSite(nn.Module):
     """The attention processor of one site; its parameters are named as in released adapters."""
 
     def __init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dualdiff_engine.errors import OutputError, SettingsError
+from dualdiff_engine.files import written_whole
 
 STATE = "training_state.safetensors"
 # AdamW's moments, under torch's names
@@ -34,15 +34,8 @@ def save(
         tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
         for moment in _MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_whole(path) as partial:
         save_file(tensors, partial, {"run": json.dumps(run, sort_keys=True)})
-        # the machine may go down, too: the content is on the disk before it has the name
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path} ({error}): free some space") from error
 
 
 def steps_done(path: Path, run: Mapping[str, Any]) -> int:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dualdiff_engine import memory, request
 from dualdiff_engine.adapters import files as adapter_files
 from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.device import device_of, dtype_of, is_out_of_memory, keep_freed_blocks
 from dualdiff_engine.errors import BaseModelError, OutputError, SettingsError, TrainingError
 from dualdiff_engine.folder_writer import lock
 from dualdiff_engine.training import data as folders
@@ -62,7 +62,7 @@ def train_adapter(
         with torch.inference_mode(False), torch.enable_grad():
             return _Run(base, data, Path(output), options, progress).train(should_stop)
     except Exception as error:
-        if not memory.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             "out of memory: take a smaller batch (and accumulate more), gradient_checkpointing, "
@@ -82,8 +82,8 @@ class _Run:
         progress: bool,
     ) -> None:
         self.options, self.output, self.progress = options, output, progress
-        self.device = request.device_of(options.device)
-        self.dtype = request.dtype_of(options.dtype, self.device)
+        self.device = device_of(options.device)
+        self.dtype = dtype_of(options.dtype, self.device)
         if self.dtype == torch.float16:
             raise SettingsError("this GPU has no bfloat16: train with dtype float32")
         self.examples = folders.find_examples(data, options)
@@ -147,7 +147,7 @@ class _Run:
         """Networks, latents, and where the run had got to."""
         options = self.options
         if self.device.type == "cpu":
-            memory.keep_freed_blocks()
+            keep_freed_blocks()
         self.network = TrainableNetwork(self.base, options, self.device, self.dtype)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters.values(),

@@ -16,13 +16,12 @@ from dualdiff_engine.export.folder import weight_files
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FORMAT = 1
+ARTEFACT_FORMAT = 1
 # attention is one operator since 23; 18 is the oldest that torch.onnx writes
 OPSETS = (18, 19, 20, 21, 22, 23)
 # where folded adapters lie beside the graphs
 ADAPTERS = "adapters"
 # what makes a folder a bundle
-MANIFEST = "bundle.json"
 # what is in the batch, in words, for whoever reads the file without our code
 LAYOUTS = {
     "denoiser": "latents [branch, batch, 4, h, w]; context [branch, row, token, width]; noise "
@@ -61,7 +60,7 @@ class Artefact:
     versions: Mapping[str, str]
     transposed: list[str] = field(default_factory=list)
     adapter_weights: list[str] = field(default_factory=list)
-    format: int = FORMAT
+    format: int = ARTEFACT_FORMAT
 
     def write_into(self, model: ir.Model) -> None:
         for name, value in asdict(self).items():
@@ -85,9 +84,10 @@ class Artefact:
                 f"{path} was not written by `dualdiff export onnx`: it lacks or garbles its "
                 f"metadata ({error}); export the adapter again"
             ) from error
-        if artefact.format != FORMAT:
+        if artefact.format != ARTEFACT_FORMAT:
             raise BackendError(
-                f"{path} has format {artefact.format}, this release reads {FORMAT}: export again"
+                f"{path} has format {artefact.format}, this release reads "
+                f"{ARTEFACT_FORMAT}: export again"
             )
         artefact._check_opset(path, model)
         return artefact, model

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import dualdiff_engine
+from dualdiff_engine.base_model import BUNDLE
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export.folder import artefact
 from dualdiff_engine.export.folder.artefact import ADAPTERS, read_artefacts
 from dualdiff_engine.export.folder.folded import read_adapters
 from dualdiff_engine.export.graph import exchange_operator as exchange
 from dualdiff_engine.export.graph import write
-from dualdiff_engine.export.graph.validate import REPORT, sha256
-from dualdiff_engine.export.graph.write import Exporter, Options
+from dualdiff_engine.export.graph.validate import REPORT
+from dualdiff_engine.export.graph.write import Exporter, ExportOptions
 from dualdiff_engine.export.trt import engine_file
+from dualdiff_engine.files import sha256_of
 
-MANIFEST = artefact.MANIFEST
-FORMAT = 1
+BUNDLE_FORMAT = 1
 # what a tokenizer, scheduler or network is configured by
 _CONFIGS = ("tokenizer/*", "scheduler/*.json", "unet/config.json", "vae/config.json")
 Say = Callable[[str], None]
@@ -31,7 +31,7 @@ def write_bundle(
     base: str | Path,
     adapters: Sequence[str | Path],
     out: str | Path,
-    options: Options | None = None,
+    options: ExportOptions | None = None,
     *,
     allow_pickle: bool = False,
     say: Say = lambda line: None,
@@ -51,7 +51,7 @@ def write_bundle(
             for adapter in adapters[1:]:
                 engine.load_adapter(adapter, allow_pickle=allow_pickle)
             engine.set_adapter(first)
-            write.write_folder(engine, folder, options or Options(), say)
+            write.write_folder(engine, folder, options or ExportOptions(), say)
             _copy_configs(engine.base.folder, folder)
         return write_manifest(folder, first)
 
@@ -70,24 +70,27 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
 
     Engines have manifests of their own: they may be built, and built again, after this.
     """
-    path = folder / MANIFEST
+    path = folder / BUNDLE
     if first is None:
         first = read_manifest(folder)["first"]
     graphs = read_artefacts(folder)
     one = next(iter(graphs.values()))
     adapters = read_adapters(folder, graphs)
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_of(file),
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != path and not engine_file.belongs(file)
     }
     manifest = {
-        "format": FORMAT,
+        "format": BUNDLE_FORMAT,
         "version": dualdiff_engine.__version__,
         "base": dict(one.base),
         "first": first,
         "adapters": {
-            name: {key: adapter.summary[key] for key in ("sha256", "background", "rank")}
+            name: {key: getattr(adapter.summary, key) for key in ("sha256", "background", "rank")}
             for name, adapter in adapters.items()
         },
         "precision": one.precision,
@@ -103,12 +106,13 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises BackendError when there is none, or it is of another release."""
-    path = folder / MANIFEST
+    path = folder / BUNDLE
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] != BUNDLE_FORMAT:
             raise BackendError(
-                f"{path} has format {manifest['format']}, this release reads {FORMAT}: write the "
+                f"{path} has format {manifest['format']}, this release reads "
+                f"{BUNDLE_FORMAT}: write the "
                 "bundle again"
             )
         for name, about in manifest["files"].items():
@@ -131,13 +135,11 @@ def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> int:
     for name, about in manifest["files"].items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-            raise BackendError(
-                f"{folder}/{MANIFEST} names {name!r}, outside it: distrust the bundle"
-            )
+            raise BackendError(f"{folder}/{BUNDLE} names {name!r}, outside it: distrust the bundle")
         if not path.is_file():
             raise BackendError(f"{folder} lacks {name}: copy the whole bundle again")
         changed = path.stat().st_size != about["bytes"]
-        if changed or (hashes and sha256(path) != about["sha256"]):
+        if changed or (hashes and sha256_of(path) != about["sha256"]):
             raise BackendError(
                 f"{path} is not what the bundle was written with: copy the bundle again"
             )
@@ -169,8 +171,8 @@ def add_adapter(
                 f"{one.base['sha256'][:12]}…): pass that one"
             )
         name = engine.load_adapter(adapter, name, allow_pickle=allow_pickle)
-        scale = engine.pixels_per_latent
-        options = Options(
+        scale = engine.base.pixels_per_latent
+        options = ExportOptions(
             one.precision, one.opset, one.height * scale, one.width * scale, one.dynamic_size,
             one.max_batch, exchange_operator=any(map(exchange.is_kept, folder.glob("*.onnx"))),
         )  # fmt: skip
@@ -178,7 +180,7 @@ def add_adapter(
         if (folder / ADAPTERS / f"{exporter.name}.safetensors").exists():
             raise SettingsError(f"{folder} holds an adapter {exporter.name!r}: pass another name")
         report = _or_nothing(folder, exporter)
-    if (folder / MANIFEST).exists():
+    if (folder / BUNDLE).exists():
         write_manifest(folder)
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dualdiff_engine.adapters import AdapterSummary
 from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.engine import Engine
@@ -59,7 +61,7 @@ def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) ->
     }
     for name in text:
         tensors[name] = stored(adapter.text.get(name, base[name]).float(), name in turned)
-    summary = {**adapter.summary, "file": Path(str(adapter.summary["file"])).name}
+    summary = {**asdict(adapter.summary), "file": Path(adapter.summary.file).name}
     told = {
         "name": engine.active_adapter,
         "summary": summary,
@@ -108,7 +110,8 @@ def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resid
     told, places = weight_files.read_metadata(path), weight_files.places(path)
     one = next(iter(graphs.values()))
     try:
-        name, summary, text = str(told["name"]), dict(told["summary"]), set(told["text"])
+        name, text = str(told["name"]), set(told["text"])
+        summary = AdapterSummary(**told["summary"])
         turned = set(told["transposed"])
         claims = {
             "base model": (str(told["base"]["sha256"]), one.base["sha256"]),
@@ -124,7 +127,7 @@ def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resid
                 f"{path} was folded for another {what} ({have[:12]}) than the graphs beside it "
                 f"({want[:12]}): fold the adapter for this one with `dualdiff export adapter`"
             )
-    _check_complete(path, bool(summary.get("background")), set(places), graphs)
+    _check_complete(path, summary.background, set(places), graphs)
     sites = FoldedTensors(path, [n for n in places if n not in text], turned)
     return name, Resident(summary, sites, FoldedTensors(path, sorted(text), turned))
 

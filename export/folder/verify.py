@@ -56,7 +56,7 @@ def _run_probe(
 ) -> dict[str, dict[str, float]]:
     _, adapter = read_adapter(path.with_name(f"{stem}.safetensors"), graphs)
     tensors = {**adapter.sites, **adapter.text}
-    background = bool(adapter.summary["background"])
+    background = adapter.summary.background
     runners = {}
     for name, artefact in graphs.items():
         if name == ("denoiser" if background else WITH_BACKGROUND):

@@ -18,7 +18,6 @@ from dualdiff_engine.model.unet import DualUNet, frequencies
 from dualdiff_engine.ops import Ops, bind
 
 META = torch.device("meta")
-TEXT_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class NetworkGraph(nn.Module):
         # every library of exponentials rounds in its own way
         self.frequencies = frequencies(unet.config, "cpu")
 
-    def time_bias(self, timestep: Tensor) -> Sequence[Tensor]:
+    def time_inputs(self, timestep: Tensor) -> Sequence[Tensor]:
         return self.unet.embedded_bias(timestep, self.frequencies.to(timestep.device))[0]
 
 
@@ -109,8 +108,8 @@ class DenoiserGraph(NetworkGraph):
     ) -> Tensor:
         """timestep [1], context [2, R, L, X], background per self site [R, S, 2·C] -> noise."""
         unet = self.unet
-        text = unet.text_projections(context.to(unet.conv_in.weight.dtype))
-        bias = self.time_bias(timestep)
+        text = unet.text_inputs(context.to(unet.conv_in.weight.dtype))
+        bias = self.time_inputs(timestep)
         return unet(latents.unsqueeze(1), bias, text, background or None).float()
 
 
@@ -123,8 +122,8 @@ class BackgroundGraph(NetworkGraph):
         Shares stay in the network's precision: only the denoiser reads them.
         """
         unet = self.unet
-        text = unet.text_projections(context[None].to(unet.conv_in.weight.dtype))
-        bias = self.time_bias(timestep)
+        text = unet.text_inputs(context[None].to(unet.conv_in.weight.dtype))
+        bias = self.time_inputs(timestep)
         return tuple(unet.background_shares(latents, bias, text))
 
 
@@ -163,25 +162,36 @@ class EncoderGraph(nn.Module):
 
 @dataclass(frozen=True)
 class Size:
-    """Latent size of the graphs; dynamic: an example, others fit too."""
+    """Sizes of the graphs' inputs.
+
+    height, width: of latents; dynamic: these are an example, others fit too. tokens: the length to
+    which the tokenizer pads a prompt, 77 in every released Stable Diffusion.
+    """
 
     height: int
     width: int
     dynamic: bool = False
+    tokens: int = 77
 
     def axes(self, first: int, of: str = "latent") -> dict[int, str]:
         return {first: f"{of}_height", first + 1: f"{of}_width"} if self.dynamic else {}
 
 
-def _call_inputs(unet: DualUNet, latents: tuple[int, ...], rows: tuple[int, ...]) -> dict[str, Any]:
-    width = unet.config.context_width
-    shapes = {"latents": latents, "timestep": (1,), "context": (*rows, TEXT_TOKENS, width)}
+def _call_inputs(
+    unet: DualUNet, size: Size, latents: tuple[int, ...], rows: tuple[int, ...]
+) -> dict[str, Any]:
+    """latents, rows: the axes that come before [4, h, w] and before [tokens, width]."""
+    shapes = {
+        "latents": (*latents, 4, size.height, size.width),
+        "timestep": (1,),
+        "context": (*rows, size.tokens, unet.config.context_width),
+    }
     return {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
 
 
 def denoiser_graph(unet: DualUNet, size: Size, *, background: bool) -> Graph:
     """Pairs and guidance rows vary."""
-    inputs = _call_inputs(unet, (2, 3, 4, size.height, size.width), (2, 2))
+    inputs = _call_inputs(unet, size, (2, 3), (2, 2))
     axes: dict[str, dict[int, str]] = {
         "latents": {1: "batch", **size.axes(3)},
         "context": {1: "rows"},
@@ -197,7 +207,7 @@ def denoiser_graph(unet: DualUNet, size: Size, *, background: bool) -> Graph:
 
 def background_graph(unet: DualUNet, size: Size) -> Graph:
     """unet: of one branch. Guidance rows vary."""
-    inputs = _call_inputs(unet, (2, 4, size.height, size.width), (2,))
+    inputs = _call_inputs(unet, size, (2,), (2,))
     axes = {"latents": {0: "rows", **size.axes(2)}, "context": {0: "rows"}}
     outputs = tuple(share_shapes(unet, size))
     return Graph("background_encoder", BackgroundGraph(unet), inputs, axes, outputs, "unet.")
@@ -206,7 +216,7 @@ def background_graph(unet: DualUNet, size: Size) -> Graph:
 def share_shapes(unet: DualUNet, size: Size, rows: int = 2) -> dict[str, tuple[int, ...]]:
     """Names and shapes [R, S, 2·C] of the background's shares, one per self site."""
     like = empty_network(unet.config, torch.float32, True, branches=1)
-    call = _call_inputs(like, (rows, 4, size.height, size.width), (rows,))
+    call = _call_inputs(like, size, (rows,), (rows,))
     shares = BackgroundGraph(like)(**call)
     return {f"background_{index}": tuple(share.shape) for index, share in enumerate(shares)}
 

@@ -23,7 +23,7 @@ TIMESTEP = 500.0
 @torch.inference_mode()
 def write(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) -> None:
     """One call of every network that the active adapter uses, on the released prompts."""
-    background = bool(engine.active.summary["background"])
+    background = engine.active.summary.background
     one = next(iter(graphs.values()))
     draw = torch.Generator().manual_seed(0)
     size = (4, one.height, one.width)
@@ -40,8 +40,8 @@ def write(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) -> None:
         "latent_sample": decoded,
         "sample": engine.vae.decode(decoded).sample,
     }
-    bias = engine.unet.time_bias(timestep)[0]
-    text = engine.unet.text_projections(context)
+    bias = engine.unet.time_inputs(timestep)[0]
+    text = engine.unet.text_inputs(context)
     shares = None
     if background:
         probe["background_latents"] = torch.randn(2, *size, generator=draw)

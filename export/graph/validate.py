@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import tempfile
@@ -22,10 +21,10 @@ from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact
 from dualdiff_engine.export.folder.folded import PROBE, read_adapter
 from dualdiff_engine.export.graph import probe
-from dualdiff_engine.export.graph.modules import TEXT_TOKENS
 from dualdiff_engine.export.graph.widen import widened
 from dualdiff_engine.export.run.denoiser import initializers
 from dualdiff_engine.export.run.onnx_session import Session, onnxruntime
+from dualdiff_engine.files import sha256_of
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import bind
 
@@ -41,7 +40,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckedCall:
     """Inputs of a graph, what the engine's own network makes of them, and what they are."""
 
     about: dict[str, int]
@@ -68,7 +67,7 @@ def validate(
     """
     report = read_report(folder)
     report["runtime"] = f"onnxruntime {onnxruntime().__version__}, CPU"
-    background = bool(engine.active.summary["background"])
+    background = bool(engine.active.summary.background)
     other = "denoiser" if background else "denoiser_background"
     adapter = folder / ADAPTERS / f"{file}.safetensors"
     read = {path.stem: Artefact.read(path) for path in sorted(folder.glob("*.onnx"))}
@@ -84,7 +83,11 @@ def validate(
         row = _validate_graph(engine, path, artefact, batches, changed)
         about = report.setdefault("graphs", {}).setdefault(artefact.graph, {})
         kinds = Counter(node.op_type for node in model.graph.node)
-        about |= {"sha256": sha256(path), "nodes": kinds.total(), "attentions": kinds["Attention"]}
+        about |= {
+            "sha256": sha256_of(path),
+            "nodes": kinds.total(),
+            "attentions": kinds["Attention"],
+        }
         about.setdefault("adapters", {})[file] = row
         report["artefact"] = _shared(artefact)
         worst = max(case["error"] for case in row["cases"])
@@ -102,11 +105,6 @@ def validate(
 def read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shared(artefact: Artefact) -> dict[str, Any]:
@@ -160,10 +158,11 @@ def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def _cases(
     engine: Engine, unet: DualUNet, artefact: Artefact, batches: Sequence[int]
-) -> Iterator[Case]:
+) -> Iterator[CheckedCall]:
     """The same inputs whatever network says what is expected."""
     if artefact.graph in _NETWORK:
-        return _NETWORK[artefact.graph](unet, artefact, batches)
+        tokens = engine.text_encoder.tokenizer.model_max_length
+        return _NETWORK[artefact.graph](unet, artefact, batches, tokens)
     return _OTHERS[artefact.graph](engine, artefact, batches)
 
 
@@ -210,7 +209,7 @@ def _normed(vae: Any, artefact: Artefact) -> list[float]:
         if artefact.graph == "vae_decoder":
             shadow.decode(torch.empty(1, 4, height, width, device="meta"))
         else:
-            scale = 2 ** (len(vae.config.block_out_channels) - 1)
+            scale = 2 ** (len(shadow.config.block_out_channels) - 1)
             shadow.encode(torch.empty(1, 3, scale * height, scale * width, device="meta"))
         totals.append(found)
     return totals
@@ -227,26 +226,28 @@ def _sizes(artefact: Artefact) -> list[tuple[int, int]]:
     return [size, (size[0] + 3, size[1] - 5)] if artefact.dynamic_size else [size]
 
 
-def _call(unet: DualUNet, rows: int, draw: torch.Generator) -> dict[str, Any]:
+def _call(unet: DualUNet, rows: int, tokens: int, draw: torch.Generator) -> dict[str, Any]:
     """Inputs that both graphs of the network take, and what the network makes of them."""
     width = unet.config.context_width
     timestep = torch.randint(0, 1000, (1,), generator=draw).float()
-    context = torch.randn(2, rows, TEXT_TOKENS, width, generator=draw)
+    context = torch.randn(2, rows, tokens, width, generator=draw)
     return {
         "timestep": timestep,
         "context": context,
-        "bias": unet.time_bias(timestep)[0],
-        "text": unet.text_projections(context.to(unet.conv_in.weight.dtype)),
+        "bias": unet.time_inputs(timestep)[0],
+        "text": unet.text_inputs(context.to(unet.conv_in.weight.dtype)),
     }
 
 
-def _denoiser_cases(unet: DualUNet, artefact: Artefact, batches: Sequence[int]) -> Iterator[Case]:
+def _denoiser_cases(
+    unet: DualUNet, artefact: Artefact, batches: Sequence[int], tokens: int
+) -> Iterator[CheckedCall]:
     """Every batch with guidance, the first without."""
     dtype = getattr(torch, artefact.precision)
     wanted = [(batch, 2, size) for size in _sizes(artefact) for batch in batches]
     for seed, (batch, rows, size) in enumerate([*wanted, (batches[0], 1, wanted[0][2])]):
         draw = _draw(seed)
-        call = _call(unet, rows, draw)
+        call = _call(unet, rows, tokens, draw)
         latents = torch.randn(2, batch, 4, *size, generator=draw)
         inputs = {"latents": latents, "timestep": call["timestep"], "context": call["context"]}
         shares = None
@@ -255,54 +256,56 @@ def _denoiser_cases(unet: DualUNet, artefact: Artefact, batches: Sequence[int]) 
             shares = unet.background_shares(noised, call["bias"], call["text"])
             inputs |= {f"background_{i}": share.to(dtype) for i, share in enumerate(shares)}
         noise = unet(latents.unsqueeze(1), call["bias"], call["text"], shares)
-        yield Case(_about(size, batch=batch, rows=rows), inputs, [noise])
+        yield CheckedCall(_about(size, batch=batch, rows=rows), inputs, [noise])
 
 
-def _background_cases(unet: DualUNet, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+def _background_cases(
+    unet: DualUNet, artefact: Artefact, _: Sequence[int], tokens: int
+) -> Iterator[CheckedCall]:
     for seed, (rows, size) in enumerate((r, s) for s in _sizes(artefact) for r in (2, 1)):
         draw = _draw(seed)
-        call = _call(unet, rows, draw)
+        call = _call(unet, rows, tokens, draw)
         latents = torch.randn(rows, 4, *size, generator=draw)
         shares = unet.background_shares(latents, call["bias"], call["text"])
         inputs = {"latents": latents, "timestep": call["timestep"], "context": call["context"][0]}
-        yield Case(_about(size, rows=rows), inputs, shares)
+        yield CheckedCall(_about(size, rows=rows), inputs, shares)
 
 
-def _text_cases(engine: Engine, _: Artefact, batches: Sequence[int]) -> Iterator[Case]:
+def _text_cases(engine: Engine, _: Artefact, batches: Sequence[int]) -> Iterator[CheckedCall]:
     text = engine.text_encoder
     shape = (text.tokenizer.model_max_length,)
     for seed, prompts in enumerate(batches):
         ids = torch.randint(0, len(text.tokenizer), (prompts, *shape), generator=_draw(seed))
         hidden = torch.func.functional_call(text.encoder, dict(engine.active.text), (ids,))[0]
-        yield Case({"prompts": prompts}, {"input_ids": ids}, [hidden])
+        yield CheckedCall({"prompts": prompts}, {"input_ids": ids}, [hidden])
 
 
-def _decoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
+def _decoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[CheckedCall]:
     for seed, (pictures, size) in enumerate((n, s) for s in _sizes(artefact) for n in (1, 2)):
         latents = torch.randn(pictures, 4, *size, generator=_draw(seed))
         expected = engine.vae.decode(latents).sample
-        yield Case(_about(size, pictures=pictures), {"latent_sample": latents}, [expected])
+        yield CheckedCall(_about(size, pictures=pictures), {"latent_sample": latents}, [expected])
 
 
-def _encoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[Case]:
-    scale = engine.pixels_per_latent
+def _encoder_cases(engine: Engine, artefact: Artefact, _: Sequence[int]) -> Iterator[CheckedCall]:
+    scale = engine.base.pixels_per_latent
     for seed, (pictures, size) in enumerate((n, s) for s in _sizes(artefact) for n in (1, 2)):
         shape = (pictures, 3, *(scale * side for side in size))
         picture = torch.rand(shape, generator=_draw(seed)) * 2 - 1
         expected = engine.vae.encode(picture).latent_dist.mean
-        yield Case(_about(size, pictures=pictures), {"sample": picture}, [expected])
+        yield CheckedCall(_about(size, pictures=pictures), {"sample": picture}, [expected])
 
 
 def _about(size: tuple[int, int], **counts: int) -> dict[str, int]:
     return {**counts, "height": size[0], "width": size[1]}
 
 
-_NETWORK: dict[str, Callable[[DualUNet, Artefact, Sequence[int]], Iterator[Case]]] = {
+_NETWORK: dict[str, Callable[[DualUNet, Artefact, Sequence[int], int], Iterator[CheckedCall]]] = {
     "denoiser": _denoiser_cases,
     "denoiser_background": _denoiser_cases,
     "background_encoder": _background_cases,
 }
-_OTHERS: dict[str, Callable[[Engine, Artefact, Sequence[int]], Iterator[Case]]] = {
+_OTHERS: dict[str, Callable[[Engine, Artefact, Sequence[int]], Iterator[CheckedCall]]] = {
     "text_encoder": _text_cases,
     "vae_decoder": _decoder_cases,
     "vae_encoder": _encoder_cases,

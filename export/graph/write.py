@@ -26,7 +26,6 @@ import onnx_ir.passes.common as common
 import torch
 from torch import Tensor
 
-from dualdiff_engine import recipe
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.export.folder import folded, weight_files
@@ -44,6 +43,7 @@ from dualdiff_engine.export.graph import (
 )
 from dualdiff_engine.export.graph.modules import Graph, Size
 from dualdiff_engine.export.graph.trace import Traced, check_opset, trace
+from dualdiff_engine.pair import versions
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 NETWORK = "network.safetensors"
@@ -52,7 +52,7 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How to export.
 
     precision: of the denoiser and the background encoder; text encoder and VAE stay in float32,
@@ -85,7 +85,10 @@ class Options:
 
 
 def export_onnx(
-    engine: Engine, out: str | Path, options: Options | None = None, say: Say = lambda line: None
+    engine: Engine,
+    out: str | Path,
+    options: ExportOptions | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Export an engine's networks with every resident adapter; returns the report.
 
@@ -94,10 +97,10 @@ def export_onnx(
     Raises SettingsError, BackendError.
     """
     with new_folder(Path(out)) as folder:
-        return write_folder(engine, folder, options or Options(), say)
+        return write_folder(engine, folder, options or ExportOptions(), say)
 
 
-def write_folder(engine: Engine, folder: Path, options: Options, say: Say) -> dict[str, Any]:
+def write_folder(engine: Engine, folder: Path, options: ExportOptions, say: Say) -> dict[str, Any]:
     """`export_onnx` into a folder that is there. The engine's active adapter comes first."""
     if engine.dtype != torch.float32 or engine.device.type != "cpu":
         raise SettingsError("export needs an engine in float32 on the CPU: what it validates by")
@@ -140,21 +143,22 @@ def file_name(adapter: str) -> str:
 class Exporter:
     """Adds the engine's active adapter to a folder, and the graphs that it needs."""
 
-    def __init__(self, engine: Engine, folder: Path, options: Options, say: Say) -> None:
+    def __init__(self, engine: Engine, folder: Path, options: ExportOptions, say: Say) -> None:
         self.engine, self.folder, self.options, self.say = engine, folder, options, say
         self.name = file_name(engine.active_adapter or "")
-        self.background = bool(engine.active.summary["background"])
+        self.background = engine.active.summary.background
         self.dtype: torch.dtype = getattr(torch, options.precision)
         self.size = self._size()
 
     def _size(self) -> Size:
         engine, options = self.engine, self.options
-        step = engine.pixels_per_latent
+        step = engine.base.pixels_per_latent
         side = engine.base.sample_size * step
         height, width = options.height or side, options.width or side
         if height % step or width % step:
             raise SettingsError(f"height and width must be multiples of {step} for this VAE")
-        return Size(height // step, width // step, options.dynamic_size)
+        tokens = engine.text_encoder.tokenizer.model_max_length
+        return Size(height // step, width // step, options.dynamic_size, tokens)
 
     def add_adapter(self) -> dict[str, Any]:
         """Write, validate; returns the report.
@@ -195,7 +199,7 @@ class Exporter:
     def _makers(self) -> dict[str, Callable[[], Graph]]:
         """What this adapter needs."""
         engine, size, background = self.engine, self.size, self.background
-        text, vae, scale = engine.text_encoder, engine.vae, engine.pixels_per_latent
+        text, vae, scale = engine.text_encoder, engine.vae, engine.base.pixels_per_latent
 
         def network(branches: int) -> Any:
             own = exchange.as_operator if self.options.exchange_operator else None
@@ -295,11 +299,11 @@ class Exporter:
             width=size.width,
             dynamic_size=size.dynamic,
             base=folded.base_record(base),
-            adapter={"name": engine.active_adapter, "sha256": summary["sha256"]},
+            adapter={"name": engine.active_adapter, "sha256": summary.sha256},
             layout=LAYOUTS[graph.name],
             scheduler=dict(base.scheduler.config),
             scaling_factor=float(engine.vae.config.scaling_factor),
-            versions={**recipe.versions(), "onnx": onnx.__version__},
+            versions={**versions(), "onnx": onnx.__version__},
             transposed=[name for name, turned in traced.weights.items() if turned],
             adapter_weights=[n for n in traced.weights if self._base_file(graph.name, n) is None],
         )

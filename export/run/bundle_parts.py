@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.adapters.format import LowRank
-from dualdiff_engine.base_model import BaseModel, read_json
+from dualdiff_engine.base_model import BaseModel, TensorFile, read_json
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export.folder.artefact import Artefact
 from dualdiff_engine.export.run.denoiser import initializers
@@ -25,8 +25,11 @@ _FOLDED = (
 )
 
 
-class NoWeights(Mapping[str, Tensor]):
+class NoWeights(TensorFile):
     """The base's tensors, which a bundle does not hold."""
+
+    def __init__(self) -> None:
+        pass
 
     def __getitem__(self, name: str) -> Tensor:
         raise BackendError(_FOLDED)
@@ -78,12 +81,11 @@ class BundledText(TextEncoder):
     def fold(self, lora: Mapping[str, Mapping[str, LowRank]]) -> dict[str, Tensor]:
         raise BackendError(_FOLDED)
 
-    def encode(self, prompts: list[str], changed: Mapping[str, Tensor]) -> Tensor:
-        ids = self.tokenize(prompts)
+    def encode(self, tokens: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
         if self._built is None or self._built[0] is not changed:
             values = initializers(changed, self._about)
             self._built = changed, Session(self._path, self._device, values)
-        (hidden,) = self._built[1](input_ids=ids)
+        (hidden,) = self._built[1](input_ids=tokens)
         return hidden.cpu()
 
 

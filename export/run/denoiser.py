@@ -1,11 +1,11 @@
-"""An exported denoiser as the engine takes one: DualUNet's calls, other people's runtime."""
+"""Exported graphs as a `Denoiser`: the calls of the network, another runtime."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from dualdiff_engine.errors import AdapterError, BackendError
 from dualdiff_engine.export.folder.artefact import Artefact
 from dualdiff_engine.export.folder.folded import in_precision, stored
 from dualdiff_engine.export.run.onnx_session import Session
-from dualdiff_engine.model.config import UNetConfig
-from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops
 
 PLAIN, WITH_BACKGROUND, ENCODER = "denoiser", "denoiser_background", "background_encoder"
@@ -28,24 +26,18 @@ class Runner(Protocol):
     def __call__(self, **inputs: Tensor) -> list[Tensor]: ...
 
 
-class ExportedDenoiser(DualUNet, ABC):
-    """DualUNet without values: what it would compute, exported graphs do.
+class ExportedDenoiser(ABC):
+    """A `Denoiser` whose noise exported graphs predict.
 
-    What the network makes of timesteps and prompts is made inside the graphs, so the time bias of a
-    call is its timestep and the text projections are the context. Runners are built when first
-    needed and dropped when `load` brings another adapter.
+    The graphs take timesteps and prompt embeddings as they are. Runners are built when first needed
+    and dropped when `load` brings another adapter.
     """
 
     def __init__(
-        self,
-        config: UNetConfig,
-        ops: Ops,
-        artefacts: Mapping[str, Artefact],
-        folder: Path,
-        device: torch.device,
+        self, ops: Ops, artefacts: Mapping[str, Artefact], folder: Path, device: torch.device
     ) -> None:
-        super().__init__(config, ops, background=True)
-        self.artefacts, self.folder, self.device = artefacts, folder, device
+        """ops: of the engine, whose table says how the graphs run and why."""
+        self.ops, self.artefacts, self.folder, self.device = ops, artefacts, folder, device
         self._changed: Mapping[str, Tensor] = {}
         self._main = PLAIN if PLAIN in artefacts else WITH_BACKGROUND
         self._runners: dict[str, Runner] = {}
@@ -60,7 +52,7 @@ class ExportedDenoiser(DualUNet, ABC):
         """A runner of a graph, with other values for these of its initializers."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take another adapter: tensors as from `weights.fold_sites`, read when first needed."""
+        """Take another adapter: tensors as from `fold.fold_sites`, read when first needed."""
         trained = any(name.endswith("background_keep") for name in tensors)
         main = WITH_BACKGROUND if trained else PLAIN
         if main not in self.artefacts:
@@ -72,31 +64,29 @@ class ExportedDenoiser(DualUNet, ABC):
         self._main, self._changed = main, tensors
         self._runners.clear()
 
-    def missing(self) -> list[str]:
-        return []
-
-    def to(self, *args: Any, **options: Any) -> Any:
-        """Moved is nothing; what runs is dropped, as an engine does when it is closed."""
+    def release(self) -> None:
+        """Drop what runs the graphs."""
         self._runners.clear()
-        return super().to(*args, **options)
 
-    def time_bias(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
+    def time_inputs(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
+        """The timesteps themselves, [1] each."""
         return [(timestep.float().reshape(1),) for timestep in timesteps]
 
-    def text_projections(self, context: Tensor) -> list[Tensor]:
+    def text_inputs(self, context: Tensor) -> list[Tensor]:
+        """The prompt embeddings themselves."""
         return [context.float()]
 
     def background_shares(
-        self, latents: Tensor, time_bias: Sequence[Tensor], text: Sequence[Tensor]
+        self, latents: Tensor, time: Sequence[Tensor], text: Sequence[Tensor]
     ) -> list[Tensor]:
         self._check_size(latents)
         run = self._runner(ENCODER)
-        return run(latents=latents.float(), timestep=time_bias[0], context=text[0][0])
+        return run(latents=latents.float(), timestep=time[0], context=text[0][0])
 
-    def forward(
+    def __call__(
         self,
         latents: Tensor,
-        time_bias: Sequence[Tensor],
+        time: Sequence[Tensor],
         text: Sequence[Tensor],
         background: Sequence[Tensor] | None = None,
     ) -> Tensor:
@@ -109,13 +99,13 @@ class ExportedDenoiser(DualUNet, ABC):
             )
         context, rows = text[0], latents.shape[1]
         if rows == 1:
-            return self._call(latents[:, 0], time_bias[0], context, background or ())
+            return self._call(latents[:, 0], time[0], context, background or ())
         # rows with latents of their own do not meet in the network
         return torch.cat(
             [
                 self._call(
                     latents[:, row],
-                    time_bias[0],
+                    time[0],
                     context[:, row : row + 1],
                     [share[row : row + 1] for share in background or ()],
                 )

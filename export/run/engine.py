@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from dualdiff_engine import adapters, request
-from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine import adapters
+from dualdiff_engine.base_model import BUNDLE, BaseModel
+from dualdiff_engine.device import device_of
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.export.folder.artefact import MANIFEST, Artefact, read_artefacts
+from dualdiff_engine.export.folder.artefact import Artefact, read_artefacts
 from dualdiff_engine.export.folder.bundle import check_files, read_manifest
 from dualdiff_engine.export.folder.folded import read_adapters
 from dualdiff_engine.export.run.bundle_parts import BundledBase, BundledText, BundledVae
@@ -23,8 +24,8 @@ from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt import engine_file
 from dualdiff_engine.export.trt.build import GRAPHS
 from dualdiff_engine.export.trt.runner import TensorrtDenoiser, engine_for
-from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.ops import Choice, Ops, bind
+from dualdiff_engine.settings import max_batch_of
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,6 @@ def fastest(
 
 def denoiser(
     backend: str,
-    config: UNetConfig,
     artefacts: Mapping[str, Artefact],
     folder: Path,
     device: torch.device,
@@ -103,11 +103,9 @@ def denoiser(
     if backend == "tensorrt":
         flavour = tensorrt_api.installed()
         ops = ops_table(f"{flavour}: {why}", backend)
-        return TensorrtDenoiser(
-            config, ops, artefacts, folder, device, flavour=flavour, trust=trust
-        )
+        return TensorrtDenoiser(ops, artefacts, folder, device, flavour=flavour, trust=trust)
     ops = ops_table(f"{provider_of(device)[0]}: {why}", backend)
-    return OnnxDenoiser(config, ops, artefacts, folder, device)
+    return OnnxDenoiser(ops, artefacts, folder, device)
 
 
 @torch.inference_mode()
@@ -130,7 +128,7 @@ def from_pretrained(
     those that were exported.
     Raises what `Engine.from_pretrained` raises.
     """
-    if Path(base, MANIFEST).is_file():
+    if Path(base, BUNDLE).is_file():
         if exported is not None:
             raise BackendError(f"{base} is a bundle: leave exported out")
         named = None if adapter is None else str(adapter)
@@ -141,11 +139,11 @@ def from_pretrained(
             f"backend {backend!r} runs an exported denoiser: make it with `dualdiff export onnx` "
             "and pass exported=FOLDER"
         )
-    folder, target = Path(exported), request.device_of(device)
+    folder, target = Path(exported), device_of(device)
     check_runtime(backend, target)
     artefacts = read_artefacts(folder)
     precision = exported_dtype(artefacts, dtype, folder)
-    most = most_pairs(artefacts, request.max_batch_of(max_batch), target)
+    most = most_pairs(artefacts, max_batch_of(max_batch), target)
     loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
     model = BaseModel(base, revision=revision, local_files_only=local_files_only)
     told = next(iter(artefacts.values())).base
@@ -155,8 +153,8 @@ def from_pretrained(
             f"{told['sha256'][:12]}…) than {base} ({model.sha256[:12]}…): use that one, or export "
             "again"
         )
-    unet = denoiser(backend, model.unet_config, artefacts, folder, target, "as asked", trust)
-    engine = Engine(model, unet.ops, target, precision, most, unet=unet)
+    graphs = denoiser(backend, artefacts, folder, target, "as asked", trust)
+    engine = Engine(model, graphs.ops, target, precision, most, denoiser=graphs)
     if loaded is not None:
         engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
     else:
@@ -192,7 +190,7 @@ def from_bundle(
     onnxruntime()
     target, why = choose_device(device)
     artefacts = read_artefacts(folder)
-    most = most_pairs(artefacts, request.max_batch_of(max_batch), target)
+    most = most_pairs(artefacts, max_batch_of(max_batch), target)
     if backend not in ("auto", "onnxruntime", "tensorrt"):
         raise BackendError(f"a bundle runs on onnxruntime or tensorrt, not on {backend!r}")
     if backend == "auto":
@@ -200,27 +198,27 @@ def from_bundle(
         why = f"{why}; {reason}" if reason else why
     check_runtime(backend, target)
     base = BundledBase(folder, artefacts)
-    unet = denoiser(backend, base.unet_config, artefacts, folder, target, why, trust)
+    graphs = denoiser(backend, artefacts, folder, target, why, trust)
     text = artefacts["text_encoder"]
     engine = Engine(
         base,
-        unet.ops,
+        graphs.ops,
         target,
         exported_dtype(artefacts, "auto", folder),
         most,
-        unet=unet,
+        denoiser=graphs,
         text_encoder=BundledText(base.load_tokenizer(), folder / "text_encoder.onnx", text, target),
         vae=BundledVae(folder, artefacts, target),
     )
     keep_all(engine, folder, artefacts, adapter or manifest["first"])
-    logger.info("%s runs by %s", folder, unet.ops.table[0].reason)
+    logger.info("%s runs by %s", folder, graphs.ops.table[0].reason)
     return engine
 
 
 def choose_device(asked: str | torch.device) -> tuple[torch.device, str]:
     """Where a bundle runs, and why there. Raises SettingsError, BackendError."""
     if str(asked) != "auto":
-        device = request.device_of(asked)
+        device = device_of(asked)
         provider_of(device)
         return device, "as asked"
     if not torch.cuda.is_available():

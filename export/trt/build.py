@@ -17,6 +17,7 @@ from dualdiff_engine.export.run.denoiser import initializers
 from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt import engine_file, exchange_plugin
 from dualdiff_engine.export.trt.engine_file import Manifest
+from dualdiff_engine.files import sha256_of
 
 WITH_EXCHANGE = ("denoiser", "denoiser_background")
 GRAPHS = (*WITH_EXCHANGE, "background_encoder")
@@ -257,7 +258,7 @@ class _Builder:
             version=str(self.trt.__version__),
             targets=list(self.targets),
             gpu="" if self.options.targets else engine_file.this_gpu_name(),
-            graph_sha256=engine_file.sha256(self.folder / f"{a.graph}.onnx"),
+            graph_sha256=sha256_of(self.folder / f"{a.graph}.onnx"),
             base=dict(a.base),
             adapter={k: a.adapter.get(k) for k in ("name", "sha256")},
             precision=a.precision,

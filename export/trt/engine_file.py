@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
+from dualdiff_engine.files import sha256_of, write_whole
 
-FORMAT = 1
+ENGINE_FORMAT = 1
 # a manifest is a page; more is not one
 MOST_MANIFEST_BYTES = 1 << 20
 SUFFIX, TIMING_CACHE = ".plan", "timing.cache"
@@ -53,7 +54,7 @@ class Manifest:
     refittable: bool
     weights_sha256: str
     plugins: list[str] = field(default_factory=list)
-    format: int = FORMAT
+    format: int = ENGINE_FORMAT
 
 
 def name_of(graph: str, targets: Sequence[str]) -> str:
@@ -77,11 +78,6 @@ def this_gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     """A hash of what an adapter puts into a graph, by the names of its initializers."""
     digest = hashlib.sha256()
@@ -101,10 +97,8 @@ def write(folder: Path, plan: bytes, manifest: Manifest, targets: Sequence[str])
     manifest_path = _manifest_path(path)
     # an old manifest must not vouch for a new plan
     manifest_path.unlink(missing_ok=True)
-    for place, content in ((path, plan), (manifest_path, json.dumps(told, indent=1).encode())):
-        partial = place.with_name(place.name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(place)
+    write_whole(path, plan)
+    write_whole(manifest_path, json.dumps(told, indent=1).encode())
     return path
 
 
@@ -139,7 +133,7 @@ def check_intact(path: Path) -> None:
 
     Says nothing of who built it. Raises BackendError.
     """
-    _claims(path).check_plan(sha256(path))
+    _claims(path).check_plan(sha256_of(path))
 
 
 def plans(folder: Path) -> list[Path]:
@@ -185,9 +179,9 @@ _AGAIN = "it is damaged or was changed; build it again with `dualdiff export ten
 def _check_place(path: Path, manifest: Manifest, flavour: str, version: str) -> None:
     """Raises BackendError where a manifest speaks of something else than is here."""
     graph, here = path.parent / f"{manifest.graph}.onnx", this_gpu(required=False) or "none"
-    found = sha256(graph) if graph.is_file() else "no such file"
+    found = sha256_of(graph) if graph.is_file() else "no such file"
     claims = {
-        "format": (manifest.format, FORMAT),
+        "format": (manifest.format, ENGINE_FORMAT),
         "flavour": (manifest.flavour, flavour),
         f"{flavour} version": (manifest.version, version),
         f"hash of {graph.name}": (manifest.graph_sha256, found),

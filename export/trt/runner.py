@@ -16,7 +16,6 @@ from dualdiff_engine.export.run.denoiser import ExportedDenoiser, initializers
 from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt import engine_file
 from dualdiff_engine.export.trt.engine_file import Manifest
-from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.ops import Ops
 
 # by TensorRT's names
@@ -206,7 +205,6 @@ class TensorrtDenoiser(ExportedDenoiser):
 
     def __init__(
         self,
-        config: UNetConfig,
         ops: Ops,
         artefacts: Mapping[str, Artefact],
         folder: Path,
@@ -215,7 +213,7 @@ class TensorrtDenoiser(ExportedDenoiser):
         flavour: str,
         trust: bool = False,
     ) -> None:
-        super().__init__(config, ops, artefacts, folder, device)
+        super().__init__(ops, artefacts, folder, device)
         self.flavour, self.trust = flavour, trust
 
     def build(self, graph: str, changed: Mapping[str, Tensor]) -> TensorrtRunner:

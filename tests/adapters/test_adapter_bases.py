@@ -33,28 +33,32 @@ PLAIN = tiny()
 
 SITES = {SELF: (CHANNELS, CHANNELS), TEXT: (CHANNELS, WIDTH)}
 LAYERS = {LAYER: WIDTH}
-REMEDY = "it was trained on another base model: load the base it belongs to"
+REMEDY = "the adapter was trained on another base model; load that base"
 OTHER = SELF.replace("mid_block", "down_blocks.1")
 MISFITS: dict[str, tuple[dict[str, tuple[int, int]], dict[str, int], str]] = {
-    "no-sites": ({}, LAYERS, f"^unet.{SELF}: the base model has no such site; {REMEDY}"),
+    "no-sites": ({}, LAYERS, f"^unet.{SELF}: the base model has no such attention site: {REMEDY}"),
     "site-the-base-lacks": (
-        {SELF: SITES[SELF]}, LAYERS, f"^unet.{TEXT}: the base model has no such site; {REMEDY}"
+        {SELF: SITES[SELF]},
+        LAYERS,
+        f"^unet.{TEXT}: the base model has no such attention site: {REMEDY}",
     ),
     "site-missing": (
-        {**SITES, OTHER: SITES[SELF]}, LAYERS, f"^unet.{OTHER} is missing.*every site.*{REMEDY}"
+        {**SITES, OTHER: SITES[SELF]},
+        LAYERS,
+        f"^unet.{OTHER} is missing; every attention site of the base.*{REMEDY}",
     ),
     "channels": (
         {**SITES, SELF: (8, 8)}, LAYERS,
-        rf"^unet.{SELF} has .channels, context width. \(4, 4\), the base has \(8, 8\); {REMEDY}",
+        rf"^unet.{SELF} has .channels, context width. \(4, 4\), the base has \(8, 8\): {REMEDY}",
     ),
     "context-width": (
         {**SITES, TEXT: (4, 768)}, LAYERS, rf"^unet.{TEXT} has .*\(4, 6\), the base has \(4, 768\)"
     ),
     "text-width": (
-        SITES, {LAYER: 768}, f"^text_encoder.{LAYER} has width 6, the base's 768; {REMEDY}"
+        SITES, {LAYER: 768}, f"^text_encoder.{LAYER} has width 6, the base has 768: {REMEDY}"
     ),
     "text-layer-the-base-lacks": (
-        SITES, {}, f"^text_encoder.{LAYER}: the base model has no such layer; {REMEDY}"
+        SITES, {}, f"^text_encoder.{LAYER}: the base model has no such layer: {REMEDY}"
     ),
     "text-layer-missing": (
         SITES, {**LAYERS, LAYER.replace("0", "1"): WIDTH},
@@ -80,10 +84,10 @@ def test_an_adapter_of_its_base_fits() -> None:
 
 DEEPEST = "unet.mid_block.attentions.0.transformer_blocks.0"
 WRONG_FOR_THE_ENGINE: dict[str, tuple[Change, str]] = {
-    "no-mid-block": (drop("mid_block"), f"^{DEEPEST}.attn1 is missing.*load the base"),
+    "no-mid-block": (drop("mid_block"), f"^{DEEPEST}.attn1 is missing.*load that base"),
     "deeper": (
         rename(r"unet\.mid_block(.*)blocks\.0", r"unet.mid_block\1blocks.1"),
-        "^unet.mid_block.attentions.0.transformer_blocks.1.attn1: the base model has no such site",
+        "^unet.mid_block.attentions.0.transformer_blocks.1.attn1: .*no such attention site",
     ),
     "wider-text": (
         edit(r"attn2.*to_[kv]_lora.*down", extend(1)), r"\(16, 33\), the base has \(16, 32\)"

@@ -100,7 +100,7 @@ def test_a_huge_file_is_refused_unread(
     path = written(tmp_path / f"a{suffix}")
     os.truncate(path, files.MAX_FILE_BYTES + 1)
     forbid(monkeypatch, Path, "open")
-    refused(path, f"'a{suffix}' has 3,221,225,473 bytes; an adapter has 3,221,225,472 at most")
+    refused(path, f"'a{suffix}' has 3,221,225,473 bytes; an adapter has at most 3,221,225,472")
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
@@ -221,7 +221,7 @@ def test_conversion_to_another_suffix_is_refused(tmp_path: Path) -> None:
 def test_conversion_to_no_place_is_an_output_error(tmp_path: Path, target: str) -> None:
     source = pickled(tmp_path, tiny())
     (tmp_path / "taken.safetensors").mkdir()
-    with pytest.raises(OutputError, match=f"cannot write '.*{target}'.*choose another place"):
+    with pytest.raises(OutputError, match=f"{target} cannot be written .*choose another place"):
         adapters.convert(source, tmp_path / target)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "taken.safetensors"]
 
@@ -290,7 +290,7 @@ def test_changed_bytes_load_or_are_refused(suffix: str, changes: list[tuple[floa
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(where=st.integers(0, len(one_tensor())), opcodes=st.binary(min_size=1, max_size=20))
 def test_spliced_pickles_load_or_are_refused(where: int, opcodes: bytes) -> None:
-    """Random opcodes into a sound program, inside a sound archive."""
+    """Random opcodes into a valid program, inside a valid archive."""
     sound = one_tensor()
     with tempfile.TemporaryDirectory() as folder:
         path = zipped(Path(folder) / "a.bin", sound[:where] + opcodes + sound[where:])

@@ -45,18 +45,18 @@ from adapter_cases import (
 )
 from dualdiff_engine import adapters
 
-CALLS = "and was not opened: ask its author for .safetensors"
-NOT_SAVED = "not what torch.save writes: copy it again; an old pickle"
+CALLS = "so it was not opened: ask the author for a .safetensors file"
+NOT_SAVED = "was not written by torch.save: copy it again. If it is an old pickle"
 HIDING: dict[str, tuple[Callable[[Payload, Path], object], str]] = {
-    "top-level": (hide_alone, f"names .*{CALLS}"),
-    "value": (hide_in_value, f"names .*{CALLS}"),
-    "key": (hide_in_key, f"names .*{CALLS}"),
-    "nested": (hide_in_nested, f"names .*{CALLS}"),
-    "attribute": (hide_in_attribute, f"names .*{CALLS}"),
-    "swapped-pickle": (hide_in_swapped, f"names .*{CALLS}"),
-    "swapped-protocol-0": (hide_in_protocol_0, f"names .*{CALLS}"),
-    "swapped-protocol-4": (hide_in_protocol_4, f"holds more than tensors {CALLS}"),
-    "second-pickle": (hide_in_second_pickle, "not laid out as torch.save does .2 pickles"),
+    "top-level": (hide_alone, f"refers to .*{CALLS}"),
+    "value": (hide_in_value, f"refers to .*{CALLS}"),
+    "key": (hide_in_key, f"refers to .*{CALLS}"),
+    "nested": (hide_in_nested, f"refers to .*{CALLS}"),
+    "attribute": (hide_in_attribute, f"refers to .*{CALLS}"),
+    "swapped-pickle": (hide_in_swapped, f"refers to .*{CALLS}"),
+    "swapped-protocol-0": (hide_in_protocol_0, f"refers to .*{CALLS}"),
+    "swapped-protocol-4": (hide_in_protocol_4, f"holds more than tensors, {CALLS}"),
+    "second-pickle": (hide_in_second_pickle, "does not have the layout of torch.save .2 pickles"),
     "legacy": (hide_in_legacy, NOT_SAVED),
     "raw": (hide_in_raw, NOT_SAVED),
     "before-a-zip": (hide_before_a_zip, NOT_SAVED),
@@ -90,12 +90,12 @@ def test_the_payloads_are_live(tmp_path: Path, payload: str) -> None:
 
 # programs that a careless reader, or weights_only alone, would run
 OPCODES: dict[str, tuple[bytes, str]] = {
-    "posix": (b"\x80\x02cposix\nsystem\n" + text_op("true") + b"\x85R.", "names 'posix.system'"),
-    "nt": (b"\x80\x02cnt\nsystem\n" + text_op("true") + b"\x85R.", "names 'nt.system'"),
-    "dotted": (b"\x80\x02ctorch\nserialization.os.system\n.", "names 'torch.serialization.os.sys"),
-    "getattr": (b"\x80\x02c__builtin__\ngetattr\n.", "names '__builtin__.getattr'"),
+    "posix": (b"\x80\x02cposix\nsystem\n" + text_op("true") + b"\x85R.", "refers to 'posix.system"),
+    "nt": (b"\x80\x02cnt\nsystem\n" + text_op("true") + b"\x85R.", "refers to 'nt.system'"),
+    "dotted": (b"\x80\x02ctorch\nserialization.os.system\n.", "refers to 'torch.serialization.os."),
+    "getattr": (b"\x80\x02c__builtin__\ngetattr\n.", "refers to '__builtin__.getattr'"),
     "bytearray": (
-        b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "names '__builtin__.bytearray'"
+        b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "refers to '__builtin__.bytea"
     ),
     "tensor-class": (b"\x80\x02ctorch\nFloatTensor\nJ\xff\xff\xff\x7f\x85R.", "torch.FloatTensor"),
     "untyped-storage": (
@@ -103,8 +103,8 @@ OPCODES: dict[str, tuple[bytes, str]] = {
     ),
     "storage-called": (b"\x80\x02ctorch\nFloatStorage\nK\x04\x85R.", "damaged .TypeError"),
     "subclass": (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n.", "_rebuild_from_type_v2'"),
-    "long-global": (b"\x80\x02cos\n" + b"x" * 9999 + b"\n.", r"names 'os\.x{77}'"),
-    "global-with-escapes": (b"\x80\x02cos\n\x1b[2J\n.", r"names 'os\.\\x1b\[2J'"),
+    "long-global": (b"\x80\x02cos\n" + b"x" * 9999 + b"\n.", r"refers to 'os\.x{77}'"),
+    "global-with-escapes": (b"\x80\x02cos\n\x1b[2J\n.", r"refers to 'os\.\\x1b\[2J'"),
     "inst": (b"(" + text_op("true") + b"ios\nsystem\n.", "holds more than tensors"),
     "extension": (b"\x80\x02\x82\x01.", "holds more than tensors|damaged"),
     "deep-tuple-as-key": (
@@ -128,11 +128,11 @@ OPCODES: dict[str, tuple[bytes, str]] = {
     "shape-negative": (one_tensor(shape=b"J\xff\xff\xff\xff\x85"), "'a.bin' is damaged"),
     "stride-0-terabytes": (
         one_tensor(shape=b"\x8a\x06\0\0\0\0\0\x01\x85", strides=b"K\x00\x85"),
-        "w brings the tensors to 4,398,046,511,104 bytes in a file of",
+        "the tensors up to w claim 4,398,046,511,104 bytes",
     ),
     "stride-0-overflows": (
         one_tensor(shape=b"\x8a\x08" + b"\0" * 7 + b"\x40\x85", strides=b"K\x00\x85"),
-        "w brings the tensors to 18,446,744,073,709,551,616 bytes",
+        "the tensors up to w claim 18,446,744,073,709,551,616 bytes",
     ),
 }  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_torch_never_sees_a_pickle_that_calls(
 ) -> None:
     """`weights_only` is the wall; what anybody allowlisted in this process is no hole in ours."""
     forbid(monkeypatch, torch, "load")
-    refused(zipped(tmp_path / "a.bin", OPCODES["bytearray"][0]), "names '__builtin__.bytearray'")
+    refused(zipped(tmp_path / "a.bin", OPCODES["bytearray"][0]), "refers to '__builtin__.bytea")
 
 
 def _bomb(method: int) -> Callable[[Path], object]:
@@ -202,9 +202,9 @@ def _encrypt(content: bytearray) -> None:
     content[at + 8] |= 1
 
 
-LAYOUT = "'a.bin' is not laid out as torch.save does"
+LAYOUT = "'a.bin' does not have the layout of torch.save"
 ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "deflate-bomb": (_bomb(zipfile.ZIP_DEFLATED), "unpacks to more than its own size: ask its"),
+    "deflate-bomb": (_bomb(zipfile.ZIP_DEFLATED), "unpacks to more than its own size: ask the aut"),
     "bzip2-bomb": (_bomb(zipfile.ZIP_BZIP2), "unpacks to more than its own size"),
     "lzma-bomb": (_bomb(zipfile.ZIP_LZMA), "unpacks to more than its own size"),
     "sizes-lie": (_rewritten(_sizes_lie), "unpacks to more than its own size"),
@@ -230,7 +230,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
         _rewritten(lambda content: content.__delitem__(slice(-60, None))), "'a.bin' is damaged"
     ),
     "safetensors": (
-        lambda path: saved(path.parent, tiny(), path.name), "renamed .safetensors named so"
+        lambda path: saved(path.parent, tiny(), path.name), "safetensors file, rename it"
     ),
     "text": (lambda path: path.write_bytes(b"hello"), NOT_SAVED),
 }  # fmt: skip
@@ -261,16 +261,16 @@ def _sparse(layout: str) -> torch.Tensor:
 
 FLAT = "'a.bin' is not a flat dict of named tensors: save only the adapter's tensors"
 PLAIN = "'a.bin': w is not a plain tensor: save only the adapter's tensors"
-KIND = "'a.bin': w is torch.{} of shape .*; expected floating point and some elements: save it"
+KIND = "'a.bin': w has dtype torch.{} and shape .*; expected a floating-point tensor .*: save it"
 ONE = torch.ones(4)
 CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "list": (lambda: [ONE], FLAT),
     "tuple": (lambda: (ONE, ONE), FLAT),
     "tensor-alone": (lambda: ONE, FLAT),
     "none": (lambda: None, FLAT),
-    "module": (lambda: nn.Linear(2, 2), f"names 'torch.nn.modules.linear.Linear'.*{CALLS}"),
+    "module": (lambda: nn.Linear(2, 2), f"refers to 'torch.nn.modules.linear.Linear'.*{CALLS}"),
     "number-keys": (lambda: {0: ONE}, FLAT),
-    "bytes-keys": (lambda: {b"w": ONE}, f"names '_codecs.encode'|{FLAT}"),
+    "bytes-keys": (lambda: {b"w": ONE}, f"refers to '_codecs.encode'|{FLAT}"),
     "tuple-keys": (lambda: {("w", 1): ONE}, FLAT),
     "nested": (lambda: {"w": {"lora": ONE}}, PLAIN),
     "nested-ordered": (lambda: {"w": OrderedDict(lora=ONE)}, PLAIN),
@@ -278,37 +278,37 @@ CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "string-value": (lambda: {"w": "unet"}, PLAIN),
     "number-value": (lambda: {"w": 1.0}, PLAIN),
     "none-value": (lambda: {"w": None}, PLAIN),
-    "numpy-value": (lambda: {"w": np.ones(4)}, f"names 'numpy.*{CALLS}"),
-    "dtype-value": (lambda: {"w": torch.float32}, f"names 'torch.float32'.*{CALLS}"),
+    "numpy-value": (lambda: {"w": np.ones(4)}, f"refers to 'numpy.*{CALLS}"),
+    "dtype-value": (lambda: {"w": torch.float32}, f"refers to 'torch.float32'.*{CALLS}"),
     "empty": (dict, "'a.bin' holds no tensors: check that it is the right file"),
     "int": (lambda: {"w": ONE.long()}, KIND.format("int64")),
     "uint8": (lambda: {"w": ONE.byte()}, KIND.format("uint8")),
     "bool": (lambda: {"w": ONE.bool()}, KIND.format("bool")),
     "complex": (lambda: {"w": ONE.to(torch.complex64)}, KIND.format("complex64")),
-    "float8": (lambda: {"w": ONE.to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn|names 'torch._"),
+    "float8": (lambda: {"w": ONE.to(torch.float8_e4m3fn)}, "float8_e4m3fn|refers to 'torch._"),
     "no-elements": (lambda: {"w": torch.ones(0, 4)}, KIND.format("float32")),
     "quantized": (
         lambda: {"w": torch.quantize_per_tensor(ONE, 0.1, 0, torch.qint8)},
-        "names 'torch._utils._rebuild_qtensor'",
+        "refers to 'torch._utils._rebuild_qtensor'",
     ),
-    "sparse-coo": (lambda: {"w": _sparse("")}, "names 'torch._utils._rebuild_sparse_tensor'"),
-    "sparse-csr": (lambda: {"w": _sparse("_csr")}, "names 'torch._utils._rebuild_sparse_tensor'"),
-    "meta": (lambda: {"w": torch.ones(4, device="meta")}, "names 'torch._utils._rebuild_meta"),
+    "sparse-coo": (lambda: {"w": _sparse("")}, "refers to 'torch._utils._rebuild_sparse_ten"),
+    "sparse-csr": (lambda: {"w": _sparse("_csr")}, "refers to 'torch._utils._rebuild_sparse_ten"),
+    "meta": (lambda: {"w": torch.ones(4, device="meta")}, "refers to 'torch._utils._rebuild_meta"),
     "expanded": (
         lambda: {"w": torch.ones(1).expand(1 << 40)},
-        "w brings the tensors to 4,398,046,511,104 bytes in a file of .*ask its author",
+        "the tensors up to w claim 4,398,046,511,104 bytes.*ask the author",
     ),
     "expanded-scalar": (
         lambda: {"w": torch.ones(()).expand(1 << 30, 1 << 20)},
-        "w brings the tensors to 4,503,599,627,370,496 bytes",
+        "the tensors up to w claim 4,503,599,627,370,496 bytes",
     ),
     "expanded-slowly": (
         lambda: {f"w{n}": torch.ones(1).expand(999) for n in range(999)},
-        "w[0-9]+ brings the tensors to",
+        "the tensors up to w[0-9]+ claim",
     ),
     "too-many": (lambda: dict.fromkeys(map(str, range(8193)), ONE), "holds 8,193 tensors"),
-    "unusable-name": (lambda: {"../w": ONE}, "an unusable name, '../w'"),
-    "name-of-10-kB": (lambda: {"w" * 10_000: ONE}, "an unusable name, 'w{80}'"),
+    "unusable-name": (lambda: {"../w": ONE}, "an invalid name, '../w'"),
+    "name-of-10-kB": (lambda: {"w" * 10_000: ONE}, "an invalid name, 'w{80}'"),
     "nan": (lambda: {"w": ONE * float("nan")}, "w holds NaN or infinity.*earlier checkpoint"),
 }  # fmt: skip
 

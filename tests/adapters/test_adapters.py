@@ -103,8 +103,8 @@ def test_one_more_key_is_named(tmp_path: Path, name: str) -> None:
 
 # --- chosen mistakes -----------------------------------------------------------------------------
 
-MISSING = "is missing: the adapter is incomplete, use an intact copy or another checkpoint"
-FOREIGN = "no two-branch DualAnoDiff adapter; pass one that DualAnoDiff trained"
+MISSING = "is missing: the adapter is incomplete; use an intact copy or another checkpoint"
+FOREIGN = "not a two-branch DualAnoDiff adapter: pass an adapter trained with DualAnoDiff"
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 
 # tensors, what is done to them, the refusal
@@ -118,7 +118,7 @@ MISTAKES: dict[str, tuple[Tensors, Change, str]] = {
     "no-lora": (PLAIN, drop(r"unet.*_lora"), rf"to_q_lora.0.down.weight {MISSING}"),
     "no-norm": (PLAIN, drop("attn2.*temporal_n"), rf"attn2.processor.temporal_n.weight {MISSING}"),
     "no-bias": (PLAIN, drop(r"temporal_.\.bias"), rf"temporal_n.bias {MISSING}"),
-    "no-unet": (PLAIN, drop("unet"), f"{LAYER_KEY}.*no UNet site beside it.*pass one that"),
+    "no-unet": (PLAIN, drop("unet"), f"{LAYER_KEY}.*no UNet attention weights found; .*pass an ad"),
     "text-half": (PLAIN, drop(r"text_enc.*\.up"), rf"{LAYER_KEY}.to_q_lora.up.weight {MISSING}"),
     "text-without-v": (PLAIN, drop("text_enc.*to_v"), f"{LAYER_KEY}.to_v_lora.down.w.* {MISSING}"),
     "down-rank": (
@@ -134,17 +134,17 @@ MISTAKES: dict[str, tuple[Tensors, Change, str]] = {
         both(
             edit(r"attn2.*v_lora\.1\.down", extend(0)), edit(r"attn2.*v_lora\.1\.up", extend(1))
         ),
-        rf"^{TEXT_KEY}.to_v_lora.1.down.weight has rank 3, the others 2: .*intact copy",
+        rf"^{TEXT_KEY}.to_v_lora.1.down.weight has rank 3, the others have rank 2: .*intact copy",
     ),
     "mixed-ranks-of-branches": (
         PLAIN,
         both(edit(r"k_lora\.0\.down", extend(0)), edit(r"k_lora\.0\.up", extend(1))),
-        r"to_k_lora.0.down.weight has rank 3, the others 2",
+        r"to_k_lora.0.down.weight has rank 3, the others have rank 2",
     ),
     "mixed-text-ranks": (
         PLAIN,
         both(edit(r"text.*k_lora\.down", extend(0)), edit(r"text.*k_lora\.up", extend(1))),
-        f"^{LAYER_KEY}.to_k_lora.down.weight has rank 3, the others 2",
+        f"^{LAYER_KEY}.to_k_lora.down.weight has rank 3, the others have rank 2",
     ),
     "transposed-down": (
         PLAIN, edit("attn1.*to_k_lora.0.down", transpose),
@@ -180,11 +180,11 @@ MISTAKES: dict[str, tuple[Tensors, Change, str]] = {
     ),
     "k-and-v-disagree": (
         PLAIN, edit("attn2.*to_v_lora.*down", extend(1)),
-        rf"^{TEXT_KEY}: k and v read contexts of different widths \[6, 7\]: .*intact copy",
+        rf"^{TEXT_KEY}: k and v have different input widths \[6, 7\]: .*intact copy",
     ),
     "branches-disagree": (
         PLAIN, edit(r"attn2.*to_[kv]_lora\.1\.down", extend(1)),
-        "k and v read contexts of different widths",
+        "k and v have different input widths",
     ),
     "third-branch": (
         PLAIN, add(f"{SELF_KEY}.to_q_lora.2.down.weight", RANK, CHANNELS), rf"q_lora.2.*{OURS_NOT}"
@@ -203,15 +203,15 @@ MISTAKES: dict[str, tuple[Tensors, Change, str]] = {
     # background and spelling
     "chained-text-site": (
         CHAINED, rename("attn2.processor", "attn2.processor.chained_proc"),
-        f"^{TEXT_KEY}.chained_proc: only self-attention .*drop `chained_proc.` from the name",
+        f"^{TEXT_KEY}.chained_proc: only self-attention .*remove `chained_proc.`",
     ),
     "chained-plain": (
         PLAIN, rename("attn1.processor", "attn1.processor.chained_proc"),
-        f"^{SELF_KEY}.chained_proc: only self-attention of an adapter with background.*drop",
+        f"^{SELF_KEY}.chained_proc: only self-attention of an adapter with background.*remove",
     ),
     "both-spellings": (
         CHAINED, add(f"{SELF_KEY}.temporal_a", 1),
-        f"^{SELF_KEY}.temporal_a is there twice, with and without chained_proc: keep one",
+        f"^{SELF_KEY}.temporal_a occurs twice, with and without chained_proc: keep one of them",
     ),
     "chained-twice": (
         CHAINED, rename("chained_proc", "chained_proc.chained_proc"), f"chained_proc.*{OURS_NOT}"
@@ -227,7 +227,7 @@ MISTAKES: dict[str, tuple[Tensors, Change, str]] = {
         BACKGROUND, drop("attn2.*mlp.1"), f"^{TEXT_KEY}.temporal_condition_mlp.1.weight {MISSING}"
     ),
     "no-amount-anywhere": (
-        BACKGROUND, drop("temporal_a"), "condition_mlp.*but temporal_a is nowhere in the file"
+        BACKGROUND, drop("temporal_a"), "condition_mlp.*but the file has no temporal_a"
     ),
     "no-mlp-anywhere": (BACKGROUND, drop("mlp"), f"temporal_condition_mlp.0.weight {MISSING}"),
     "amount-scalar": (

@@ -79,7 +79,7 @@ def test_record(record: dict[str, Any]) -> None:
 
 
 def test_tables(record: dict[str, Any]) -> None:
-    text, markdown = report.text_table(record), report.markdown_table(record)
+    text, markdown = report.text_table(record), report.step_table(record)
     assert len(text.splitlines()) == 4
     assert len(markdown.splitlines()) == 5
     assert "engine-fresh" in text

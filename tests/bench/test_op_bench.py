@@ -37,7 +37,47 @@ def test_counted_work_is_that_of_the_network(background: bool) -> None:
     rows = roofline.step("small", 2, background=background, dtype=torch.float32, rates=rates)
     case = Case("small", 2, 50, 24, 24, 2.5, background, 0)
     assert sum(row["flops"] for row in rows) == measure.count_flops(case, "engine")
-    assert {row["op"] for row in rows} == {*ops.NAMES, "convolution"}
+    between = {"convolution", "convolution bias", "layer norm", "group norm", "residual add"}
+    between |= {"concatenation", "upsampling", "copy"}
+    # a call of PyTorch's that has no name here would show under its own
+    assert {row["op"] for row in rows} == {*ops.NAMES, *between}
+
+
+def test_work_between_the_ops_follows_from_shapes() -> None:
+    """SD-1.5 at two pairs: maps of four sizes, two branches, two guidance rows."""
+    pairs, size, item = 2, 64, torch.bfloat16.itemsize
+    rates = roofline.Rates(1.0, 1.0, 1.0)
+    rows = roofline.step("sd15", pairs, background=False, dtype=torch.bfloat16, rates=rates)
+    moved = {row["op"]: row["moved"] for row in rows}
+    calls = {row["op"]: row["calls"] for row in rows}
+    # channels, and positions of both branches and guidance rows
+    levels = [(c, 4 * pairs * (size >> i) ** 2) for i, c in enumerate((320, 640, 1280, 1280))]
+    # the first site tells the guidance rows apart: what comes before it has half of the positions
+    first = levels[0][0] * levels[0][1] // 2
+    # 5 transformers on each of the three upper levels, 1 in the middle: a norm before each
+    maps = sum(5 * c * n for c, n in levels[:3]) + levels[3][0] * levels[3][1]
+    assert calls["group norm"] == 16
+    assert moved["group norm"] == pytest.approx(2 * item * (maps - first), rel=1e-3)
+    # and three LayerNorms in each, of which the first two of the first block come before it
+    assert calls["layer norm"] == 3 * 16
+    assert moved["layer norm"] == pytest.approx(2 * item * (3 * maps - 2 * first), rel=1e-3)
+    # two resnets a level on the way down, three on the way up, two in the middle
+    resnets = sum(5 * c * n for c, n in levels) + 2 * levels[3][0] * levels[3][1]
+    assert calls["residual add"] == 22
+    assert moved["residual add"] == 3 * item * (resnets - first)
+    # what is joined is read and written: the widths that the up path's first convolutions take
+    widths = ((2560, 2560, 2560), (2560, 2560, 1920), (1920, 1280, 960), (960, 640, 640))
+    joined = sum(sum(w) * n for w, (_, n) in zip(widths, reversed(levels), strict=True))
+    assert moved["concatenation"] == 2 * item * joined
+    doubled = [(c, n) for c, (_, n) in zip((1280, 1280, 640), reversed(levels[1:]), strict=True)]
+    assert moved["upsampling"] == item * sum(5 * c * n for c, n in doubled)
+
+
+def test_the_floor_of_a_step_of_32_pairs() -> None:
+    """Predicted, from counted work and the rates that the command states."""
+    rates = roofline.Rates(*(1e12 * x for x in roofline.DEFAULT_RATES))
+    rows = roofline.step("sd15", 32, background=False, dtype=torch.bfloat16, rates=rates)
+    assert sum(row["seconds"] for row in rows) == pytest.approx(0.158, abs=5e-4)
 
 
 def test_the_largest_of_three_bounds_counts() -> None:
@@ -110,7 +150,9 @@ def test_roofline_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "nothing is measured" in out
     assert "100 TFLOP/s" in out
-    assert len([line for line in out.splitlines() if line.startswith(("convolution", "step"))]) == 2
+    assert (
+        len([line for line in out.splitlines() if line.startswith(("convolution ", "step"))]) == 3
+    )
 
 
 @pytest.mark.parametrize(

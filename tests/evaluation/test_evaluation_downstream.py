@@ -17,12 +17,14 @@ from dualdiff_engine.demo.factory.samples import make
 from dualdiff_engine.errors import DataError, SettingsError
 from dualdiff_engine.evaluation import downstream, report, tasks
 from dualdiff_engine.evaluation.data import find_pairs
-from dualdiff_engine.evaluation.downstream import Material, Options, Task
+from dualdiff_engine.evaluation.downstream import DownstreamOptions, Material, Task
 from dualdiff_engine.evaluation.segmentation_unet import UNet
 from dualdiff_engine.pair import Pair
 from evaluation_cases import blobs, good, write_real, write_run
 
-SMALL = Options(steps=30, batch=8, learning_rate=1e-2, seeds=(0, 1), size=32, widths=(4, 8, 16))
+SMALL = DownstreamOptions(
+    steps=30, batch=8, learning_rate=1e-2, seeds=(0, 1), size=32, widths=(4, 8, 16)
+)
 WORDS = ["--steps", "2", "--batch", "2", "--size", "32", "--seeds", "0,1"]
 
 
@@ -56,7 +58,10 @@ def test_an_untrained_network_knows_nothing() -> None:
 
 
 def test_seeds_alone_decide() -> None:
-    task, short = small_task(), Options(steps=3, batch=4, size=32, widths=(4, 8), seeds=(0,))
+    task, short = (
+        small_task(),
+        DownstreamOptions(steps=3, batch=4, size=32, widths=(4, 8), seeds=(0,)),
+    )
     weights = []
     for state, seed in ((1, 5), (2, 5), (3, 6)):
         torch.manual_seed(state)
@@ -100,7 +105,9 @@ def test_masks_turn_with_their_pictures() -> None:
 def test_pictures_without_a_mask_are_left_out() -> None:
     task = small_task()
     task.arms["generated"].masks[:5] = False
-    record = downstream.run(task, Options(steps=1, batch=2, size=32, widths=(4, 8), seeds=(0,)))
+    record = downstream.run(
+        task, DownstreamOptions(steps=1, batch=2, size=32, widths=(4, 8), seeds=(0,))
+    )
     assert record["arms"]["generated"]["pictures"] == 7
     assert record["arms"]["generated"]["spread"]["pixel_ap"] is None
     task.arms["generated"].masks[:] = False
@@ -123,7 +130,7 @@ def test_pictures_without_a_mask_are_left_out() -> None:
 )
 def test_impossible_options_are_told(choice: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        Options(**choice)  # type: ignore[arg-type]
+        DownstreamOptions(**choice)  # type: ignore[arg-type]
 
 
 def runs(*values: float) -> dict[str, object]:

@@ -63,10 +63,10 @@ def exported(kept: Kept) -> Any:
     """exported(case, **options): the folder that `export_onnx` wrote."""
 
     def get(name: str, **options: Any) -> Path:
-        from dualdiff_engine.export.graph.write import Options, export_onnx
+        from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 
         def make(folder: Path) -> None:
-            export_onnx(golden_engine(name), folder, Options(**options))
+            export_onnx(golden_engine(name), folder, ExportOptions(**options))
 
         return kept.get([name, sorted(options.items())], make)
 
@@ -78,12 +78,12 @@ def exported_small(kept: Kept, tmp_path_factory: Any) -> Any:
     """exported_small(channels, background=, **options): as `exported`, of a small network."""
 
     def get(channels: tuple[int, ...], *, background: bool = False, **options: Any) -> Path:
-        from dualdiff_engine.export.graph.write import Options, export_onnx
+        from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 
         def make(folder: Path) -> None:
             base = tmp_path_factory.mktemp("base") / "base"
             engine = small_engine(base, channels, background=background)
-            export_onnx(engine, folder, Options(**options))
+            export_onnx(engine, folder, ExportOptions(**options))
 
         return kept.get([channels, background, sorted(options.items())], make)
 

@@ -18,7 +18,7 @@ from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.export.folder import weight_files
 from dualdiff_engine.export.folder.artefact import read_artefacts
 from dualdiff_engine.export.graph import validate
-from dualdiff_engine.export.graph.write import Options, export_onnx
+from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 from support import Golden, golden_engine
 
 GRAPHS = {
@@ -80,7 +80,7 @@ def test_metadata_says_what_it_is(golden: Golden, folder: Path, engine_of: Any) 
     for name, artefact in read_artefacts(folder).items():
         assert artefact.graph == name
         assert artefact.base["sha256"] == engine.base.sha256
-        assert artefact.adapter["sha256"] == engine.active.summary["sha256"]
+        assert artefact.adapter["sha256"] == engine.active.summary.sha256
         assert artefact.scheduler["_class_name"] == "PNDMScheduler"
         assert (artefact.height, artefact.width, artefact.opset) == (16, 16, 23)
         assert artefact.versions.keys() >= {"dualdiff-engine", "torch", "onnx"}
@@ -162,7 +162,7 @@ def test_an_export_that_misses_its_tolerance_is_not_kept(
 )
 def test_options_are_checked(options: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
-        Options(**options)
+        ExportOptions(**options)
 
 
 def test_folders_are_checked(dual: Engine, tmp_path: Path) -> None:
@@ -172,5 +172,5 @@ def test_folders_are_checked(dual: Engine, tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match=said):
             export_onnx(dual, out)
     with pytest.raises(SettingsError, match="multiples of 8"):
-        export_onnx(dual, tmp_path / "out", Options(height=100))
+        export_onnx(dual, tmp_path / "out", ExportOptions(height=100))
     assert not (tmp_path / "out").exists()

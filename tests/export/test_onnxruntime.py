@@ -12,7 +12,7 @@ from test_golden import run_pipeline
 
 from dualdiff_engine import Engine
 from dualdiff_engine.errors import AdapterError, BackendError, SettingsError
-from dualdiff_engine.export.graph.write import Options, export_onnx
+from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 from small import LEAST, small_adapter, small_engine
 from support import DATA, Golden, by_branch, noised_background, relative
 
@@ -123,7 +123,7 @@ def test_a_switch_is_a_fresh_export(
     save_file(small_adapter(engine, 2), file)
     engine.load_adapter(file)
     # both adapters are validated
-    export_onnx(engine, tmp_path / "fresh", Options(batches=(1,), **traced))
+    export_onnx(engine, tmp_path / "fresh", ExportOptions(batches=(1,), **traced))
     options: dict[str, Any] = {"backend": "onnxruntime", "device": "cpu"}
     fresh = Engine.from_pretrained(base, exported=tmp_path / "fresh", **options)
     assert fresh.active_adapter == "other"

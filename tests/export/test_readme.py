@@ -53,7 +53,7 @@ def workplace(tmp_path: Path, exported_small: Any, monkeypatch: pytest.MonkeyPat
         "bfloat16": exported_small(LEAST, precision="bfloat16"),
     }
 
-    def reuse(engine: Any, folder: Path, options: write.Options, *_: Any) -> dict[str, Any]:
+    def reuse(engine: Any, folder: Path, options: write.ExportOptions, *_: Any) -> dict[str, Any]:
         shutil.copytree(traced[options.precision], folder, dirs_exist_ok=True)
         return {"graphs": {}}
 

@@ -63,7 +63,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """tiny(background): the fp16 export of a small network, made once."""
     from diffusers import UNet2DConditionModel
 
-    from dualdiff_engine.export.graph.write import Options, export_onnx
+    from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 
     root = tmp_path_factory.mktemp("tiny")
     made: dict[bool, Path] = {}
@@ -81,7 +81,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
                 adapter = random_adapter(weights, background=background, rank=4)
                 engine.keep_adapter(adapter, "tiny")
                 folder = root / ("background" if background else "plain")
-                export_onnx(engine, folder, Options(precision="float16", batches=(1, 3)))
+                export_onnx(engine, folder, ExportOptions(precision="float16", batches=(1, 3)))
             made[background] = folder
         return made[background]
 

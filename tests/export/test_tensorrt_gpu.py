@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dualdiff_engine import BackendError, Engine
-from dualdiff_engine.export.graph.write import Options, export_onnx
+from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt.build import BuildOptions, build
 from small import NAME, WIDE, small_adapter, small_engine
@@ -61,7 +61,7 @@ def test_refitted_and_built_afresh(
         assert relative(noise, eager.predict_noise(*inputs(batch))) <= allowed(folder)
 
     eager.load_adapter(file)
-    export_onnx(eager, tmp_path / "fresh", Options(precision="float16", batches=(1,)))
+    export_onnx(eager, tmp_path / "fresh", ExportOptions(precision="float16", batches=(1,)))
     build(tmp_path / "fresh", BuildOptions(batches=(1, 4), refittable=False))
     fresh = by_tensorrt(base, tmp_path / "fresh")
     refitted.load_adapter(file)

@@ -39,9 +39,10 @@ Change = Callable[[Tensors], None]
 
 # a refusal says what to do; these are the ways it may
 REMEDY = re.compile(
-    r"copy (it|the file) again|intact copy|another checkpoint|earlier checkpoint|ask its author"
+    r"copy (it|the file) again|intact copy|another checkpoint|earlier checkpoint|ask the author"
     r"|check the path|check that it is|expected pytorch_lora|pass (one|a)|save (it|only)"
-    r"|rename it|remove it or retrain|drop `chained_proc|keep one|load the base|dualdiff convert"
+    r"|rename it|remove it or retrain|remove `chained_proc|keep one of them|load that base"
+    r"|dualdiff convert"
 )
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualdiff_engine.adapters.fold import fold_interaction
 from dualdiff_engine.adapters.format import Affine
 
 _new_empty = Tensor.new_empty
@@ -61,3 +62,15 @@ def unfolded_interaction(x: Tensor, parts: dict[str, Affine]) -> Tensor:
     scores = torch.einsum("fmc,gmc->mfg", q, k) / math.sqrt(channels)
     mixed = torch.einsum("mfg,gmc->fmc", torch.softmax(scores, dim=-1), v)
     return x + F.linear(mixed, parts["output"].weight, parts["output"].bias)
+
+
+def exchange_arguments(
+    rows: int, channels: int, dtype: torch.dtype
+) -> tuple[list[Tensor], dict[str, Affine]]:
+    """(arguments of the exchange op, parts of the interaction they were folded from)."""
+    parts = interaction(channels, dtype)
+    folded = fold_interaction(parts, torch.empty(0, dtype=torch.float64))
+    names = ("gate_weight", "gate_bias", "value_weight", "value_bias")
+    x = draw(2, rows, channels, dtype=dtype)
+    residual = draw(2, rows, channels, dtype=dtype, seed=7)
+    return [x, *(folded[name].to(dtype) for name in names), residual], parts

@@ -52,8 +52,8 @@ def call(
     latents = drawn(seed, batch, 2, 4, size, size, device=device).transpose(0, 1).unsqueeze(1)
     return {
         "latents": latents,
-        "time_bias": unet.time_bias(torch.tensor([17.0 * seed + 3], device=device))[0],
-        "text": unet.text_projections(context),
+        "time_bias": unet.time_inputs(torch.tensor([17.0 * seed + 3], device=device))[0],
+        "text": unet.text_inputs(context),
     }
 
 
@@ -204,7 +204,7 @@ def test_the_least_recently_used_graph_makes_room(monkeypatch: pytest.MonkeyPatc
 def test_time_bias_is_the_networks() -> None:
     unet = network()
     timesteps = torch.tensor([1.0, 500.0])
-    ours, theirs = (x.time_bias(timesteps) for x in (GraphedDenoiser(unet, Recorder()), unet))
+    ours, theirs = (x.time_inputs(timesteps) for x in (GraphedDenoiser(unet, Recorder()), unet))
     for mine, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 

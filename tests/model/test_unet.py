@@ -75,8 +75,8 @@ def test_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     # every sample has a text of its own: they are this call's guidance rows
     noise = network(
         latents[None, :, None],
-        network.time_bias(torch.tensor([481]))[0],
-        network.text_projections(context[None]),
+        network.time_inputs(torch.tensor([481]))[0],
+        network.text_inputs(context[None]),
     )
     assert relative(noise[0, :, 0], expected) <= 2e-6
 
@@ -86,8 +86,8 @@ def test_shared_latents_are_computed_once(name: str) -> None:
     network = plain_engine(diffusers_unet(name))
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 1, 2, 4, 16, 16, generator=generator)
-    bias = network.time_bias(torch.tensor([481]))[0]
-    text = network.text_projections(torch.randn(1, 2, 7, 24, generator=generator))
+    bias = network.time_inputs(torch.tensor([481]))[0]
+    text = network.text_inputs(torch.randn(1, 2, 7, 24, generator=generator))
     rows: list[int] = []
     network.conv_in.register_forward_hook(lambda m, i, o: rows.append(o.shape[0]))
     shared = network(latents, bias, text)
@@ -110,8 +110,8 @@ def coupled(
     network.load(fold.fold_network(base, CPU, torch.float32))
     network.load(fold.fold_sites(base, adapter.sites, CPU, torch.float32))
     latents = torch.randn(2, 1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    text = network.text_projections(base_context())
-    return network, latents, network.time_bias(torch.tensor([481]))[0], text
+    text = network.text_inputs(base_context())
+    return network, latents, network.time_inputs(torch.tensor([481]))[0], text
 
 
 def base_context() -> Tensor:

@@ -121,7 +121,10 @@ def test_starts_at_the_base() -> None:
     with torch.no_grad():
         noise = network(latents, times, context)
         plain = [unet(latents[b], times, context[b].expand(2, -1, -1)).sample for b in (0, 1)]
-        own, pristine = network.encode(["sks"]), network.text.encode(["sks"], {})
+        own, pristine = (
+            network.encode(["sks"]),
+            network.text.encode(network.text.tokenize(["sks"]), {}),
+        )
     assert relative(noise, torch.stack(plain)) <= AGREE
     assert torch.equal(own, pristine)
 

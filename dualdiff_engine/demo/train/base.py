@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dualdiff_engine import recipe
 from dualdiff_engine.demo.train import autoencoder, denoiser, material
+from dualdiff_engine.pair import versions
 
 AUTOENCODER_PICTURES, DENOISER_PICTURES, TEST_PICTURES = 3000, 5000, 60
 
@@ -50,7 +50,7 @@ def _record(output: Path, stage: str, made: dict[str, Any], options: argparse.Na
         **made,
         "seed": options.seed,
         "device": f"cpu, {options.threads} threads, {platform.machine()}",
-        "versions": recipe.versions(),
+        "versions": versions(),
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
 

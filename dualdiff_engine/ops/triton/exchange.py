@@ -1,8 +1,8 @@
 """The exchange between the branches in one launch, for any number of channels.
 
 A program owns some positions of both branches. Their rows stay in the caches while the program
-walks the two weights: normalised values are made again for every tile, which costs a few operations
-per product and saves every intermediate tensor.
+walks the two weights. Normalised values are computed again for every tile: that costs a few
+operations per product and saves every intermediate tensor.
 """
 
 from __future__ import annotations
@@ -14,26 +14,39 @@ from torch import Tensor
 
 from dualdiff_engine.ops import flops
 from dualdiff_engine.ops.reference import INTERACTION_EPS
-from dualdiff_engine.ops.triton import tuning
-from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
+from dualdiff_engine.ops.triton import listing, tuning
+from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation
+from dualdiff_engine.ops.triton.tuning import Config
 
 
 @triton.jit
-def _normed(row_ptr, columns, mask, mean, scale):
-    """(x - mean) / deviation of the rows of one branch at some columns, in fp32."""
+def _normed(
+    row_ptr,  # [BLOCK_M, 1], pointers to rows of one branch
+    columns,
+    mask,
+    moments,
+):
+    """(x - mean) / deviation of rows at some columns, in fp32; moments as of `_moments`."""
+    mean, rstd = moments
     x = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    return (x - mean[:, None]) * scale[:, None]
+    return (x - mean[:, None]) * rstd[:, None]
 
 
 @triton.jit
-def _moments(row_ptr, mask_m, eps, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and reciprocal deviation of rows; the mean is subtracted before squaring."""
-    total = tl.zeros([row_ptr.shape[0]], tl.float32)
+def _moments(
+    row_ptr,  # [BLOCK_M, 1], pointers to rows of one branch
+    mask_m,
+    eps,
+    CHANNELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(mean, reciprocal deviation) of rows; the mean is subtracted before squaring."""
+    sums = tl.zeros([row_ptr.shape[0]], tl.float32)
     for start in range(0, CHANNELS, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(row_ptr + columns, mask=mask_m & (columns < CHANNELS), other=0.0)
-        total += tl.sum(x.to(tl.float32), 1)
-    mean = total / CHANNELS
+        sums += tl.sum(x.to(tl.float32), 1)
+    mean = sums / CHANNELS
     squares = tl.zeros([row_ptr.shape[0]], tl.float32)
     for start in range(0, CHANNELS, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)[None, :]
@@ -46,7 +59,7 @@ def _moments(row_ptr, mask_m, eps, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr
 
 @triton.jit
 def _weight_tile(
-    weight_ptr,
+    weight_ptr,  # [C, C]
     first_n,
     first_k,
     CHANNELS: tl.constexpr,
@@ -62,21 +75,21 @@ def _weight_tile(
 
 @triton.jit
 def _exchange_kernel(
-    input_ptr,
-    gate_weight_ptr,
-    gate_bias_ptr,
-    value_weight_ptr,
-    value_bias_ptr,
-    residual_ptr,
+    input_ptr,  # [2, positions, C]
+    gate_weight_ptr,  # [C, C]
+    gate_bias_ptr,  # [C]
+    value_weight_ptr,  # [C, C]
+    value_bias_ptr,  # [C]
+    residual_ptr,  # [2, positions, C]
     positions,
-    out_ptr,
+    out_ptr,  # [2, positions, C]
     eps,
     CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_M positions of input, residual and out [2, positions, CHANNELS]; grid (blocks,).
+    """BLOCK_M positions of both branches; grid (blocks,).
 
     Inputs, integers, output: the order in which TensorRT passes them to a plugin's kernel.
     """
@@ -85,9 +98,9 @@ def _exchange_kernel(
     rows = offsets_m.to(tl.int64)[:, None] * CHANNELS
     branch = positions.to(tl.int64) * CHANNELS
     row_0, row_1 = input_ptr + rows, input_ptr + branch + rows
-    mean_0, scale_0 = _moments(row_0, mask_m, eps, CHANNELS, BLOCK_K)
-    mean_1, scale_1 = _moments(row_1, mask_m, eps, CHANNELS, BLOCK_K)
-    kind = input_ptr.dtype.element_ty
+    moments_0 = _moments(row_0, mask_m, eps, CHANNELS, BLOCK_K)
+    moments_1 = _moments(row_1, mask_m, eps, CHANNELS, BLOCK_K)
+    dtype = input_ptr.dtype.element_ty
 
     score_0 = tl.zeros([BLOCK_M], tl.float32)
     score_1 = tl.zeros([BLOCK_M], tl.float32)
@@ -96,20 +109,20 @@ def _exchange_kernel(
         for first_k in range(0, CHANNELS, BLOCK_K):
             columns = first_k + tl.arange(0, BLOCK_K)[None, :]
             mask = mask_m & (columns < CHANNELS)
-            normed_0 = _normed(row_0, columns, mask, mean_0, scale_0)
-            difference = normed_0 - _normed(row_1, columns, mask, mean_1, scale_1)
+            normed_0 = _normed(row_0, columns, mask, moments_0)
+            difference = normed_0 - _normed(row_1, columns, mask, moments_1)
             weight = _weight_tile(gate_weight_ptr, first_n, first_k, CHANNELS, BLOCK_N, BLOCK_K)
-            projected = tl.dot(difference.to(kind), weight, projected, input_precision="ieee")
+            projected = tl.dot(difference.to(dtype), weight, projected, input_precision="ieee")
         offsets_n = first_n + tl.arange(0, BLOCK_N)
         mask_n = offsets_n < CHANNELS
         mask = mask_m & mask_n[None, :]
-        normed_0 = _normed(row_0, offsets_n[None, :], mask, mean_0, scale_0)
-        normed_1 = _normed(row_1, offsets_n[None, :], mask, mean_1, scale_1)
+        normed_0 = _normed(row_0, offsets_n[None, :], mask, moments_0)
+        normed_1 = _normed(row_1, offsets_n[None, :], mask, moments_1)
         bias = tl.load(gate_bias_ptr + offsets_n, mask=mask_n, other=0.0).to(tl.float32)
-        # m·d is the same for both branches
-        shared = (normed_0 - normed_1) * bias[None, :]
-        score_0 += tl.sum(normed_0 * projected + shared, 1)
-        score_1 += tl.sum(normed_1 * projected + shared, 1)
+        # m·d, the same for both branches
+        offset = (normed_0 - normed_1) * bias[None, :]
+        score_0 += tl.sum(normed_0 * projected + offset, 1)
+        score_1 += tl.sum(normed_1 * projected + offset, 1)
     gate_0 = tl.sigmoid(score_0)[:, None]
     gate_1 = tl.sigmoid(score_1)[:, None]
 
@@ -119,11 +132,11 @@ def _exchange_kernel(
         for first_k in range(0, CHANNELS, BLOCK_K):
             columns = first_k + tl.arange(0, BLOCK_K)[None, :]
             mask = mask_m & (columns < CHANNELS)
-            normed_1 = _normed(row_1, columns, mask, mean_1, scale_1)
-            difference = _normed(row_0, columns, mask, mean_0, scale_0) - normed_1
+            normed_1 = _normed(row_1, columns, mask, moments_1)
+            difference = _normed(row_0, columns, mask, moments_0) - normed_1
             weight = _weight_tile(value_weight_ptr, first_n, first_k, CHANNELS, BLOCK_N, BLOCK_K)
-            mix_0 = (normed_1 + gate_0 * difference).to(kind)
-            mix_1 = (normed_1 + gate_1 * difference).to(kind)
+            mix_0 = (normed_1 + gate_0 * difference).to(dtype)
+            mix_1 = (normed_1 + gate_1 * difference).to(dtype)
             mixed_0 = tl.dot(mix_0, weight, mixed_0, input_precision="ieee")
             mixed_1 = tl.dot(mix_1, weight, mixed_1, input_precision="ieee")
         offsets_n = first_n + tl.arange(0, BLOCK_N)[None, :]
@@ -136,7 +149,15 @@ def _exchange_kernel(
 
 
 @triton.jit
-def _add_and_store(input_ptr, residual_ptr, out_ptr, offsets, mask, value):
+def _add_and_store(
+    input_ptr,  # [2, positions, C]
+    residual_ptr,  # [2, positions, C]
+    out_ptr,  # [2, positions, C]
+    offsets,
+    mask,
+    value,
+):
+    """out = input + residual + value at the same offsets of all three, rounded once."""
     value += tl.load(input_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
@@ -144,7 +165,7 @@ def _add_and_store(input_ptr, residual_ptr, out_ptr, offsets, mask, value):
 
 def shape_class(channels: int, dtype: torch.dtype) -> str:
     """The row of a tuning table."""
-    return tuning.key(C=channels, dtype=str(dtype).removeprefix("torch."))
+    return tuning.key(C=channels, dtype=dtype)
 
 
 def _config(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> Config:
@@ -235,30 +256,18 @@ def compilation(
 
     eps: compiled in, where a launch cannot pass it. gate_bias: its dtype, by default the input's.
     """
-    constants: dict[str, float] = {"CHANNELS": channels, **config.blocks}
-    if eps is not None:
-        constants["eps"] = eps
-    pointer = f"*{TRITON_TYPES[dtype]}"
-    others = {
-        "gate_bias_ptr": f"*{TRITON_TYPES[gate_bias or dtype]}",
-        "positions": "i32",
-        "eps": "fp32",
-        **dict.fromkeys(constants, "constexpr"),
-    }
-    return Compilation(
-        name=f"exchange {TRITON_TYPES[dtype]} C={channels}",
-        kernel=_exchange_kernel,
-        signature={name: others.get(name, pointer) for name in _exchange_kernel.arg_names},
-        constants=constants,
-        config=config,
-        tensor_cores=dtype != torch.float32,
+    constants = {"CHANNELS": channels} | ({} if eps is None else {"eps": eps})
+    types = {"gate_bias_ptr": f"*{TRITON_TYPES[gate_bias or dtype]}"}
+    return listing.compilation(
+        "exchange", f"C={channels}", _exchange_kernel, dtype, config, constants, types=types
     )
 
 
-def compilations() -> list[Compilation]:
-    """Every default at SD-1.5 shapes."""
+def compilations(every_candidate: bool = False) -> list[Compilation]:
+    """Every default at SD-1.5 shapes; with every_candidate what tuning may choose as well."""
     return [
-        compilation(channels, dtype, default_config(dtype))
+        compilation(channels, dtype, config)
         for dtype in TRITON_TYPES
         for channels in (320, 640, 1280)
+        for config in listing.configs(default_config(dtype), candidates(dtype), every_candidate)
     ]

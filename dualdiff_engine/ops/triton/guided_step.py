@@ -8,14 +8,21 @@ import triton.language as tl
 from torch import Tensor
 
 from dualdiff_engine.ops import flops
-from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
+from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation, compilation
+from dualdiff_engine.ops.triton.tuning import Config
 
 CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def _guided_step_kernel(noise_ptr, out_ptr, size, guidance, BLOCK: tl.constexpr):
-    """out[f, i] = u + s (c - u); noise [F, 2, size], out [F, size] fp32; grid (blocks, F)."""
+def _guided_step_kernel(
+    noise_ptr,  # [F, 2, size], rows (uncond, cond)
+    out_ptr,  # [F, size] fp32
+    size,
+    guidance,
+    BLOCK: tl.constexpr,
+):
+    """out[f] = u + s (c - u); grid (blocks, F)."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     branch = tl.program_id(1).to(tl.int64)
     mask = offsets < size
@@ -45,22 +52,13 @@ def _(noise: Tensor, guidance: float) -> Tensor:
 flops.register("guided_step", "guided_step")
 
 
-def compilations() -> list[Compilation]:
-    """Every configuration that can be chosen at SD-1.5 shapes."""
+def compilations(every_candidate: bool = False) -> list[Compilation]:
+    """The one configuration, which serves every shape: there are no candidates."""
+    types = {"out_ptr": "*fp32"}
     return [
-        Compilation(
-            name=f"guided_step {kind}",
-            kernel=_guided_step_kernel,
-            signature={
-                "noise_ptr": f"*{kind}",
-                "out_ptr": "*fp32",
-                "size": "i32",
-                "guidance": "fp32",
-                "BLOCK": "constexpr",
-            },
-            constants=CONFIG.blocks,
-            config=CONFIG,
-            tensor_cores=False,
+        compilation(
+            "guided_step", "", _guided_step_kernel, dtype, CONFIG, {},
+            types=types, tensor_cores=False,
         )
-        for kind in TRITON_TYPES.values()
-    ]
+        for dtype in TRITON_TYPES
+    ]  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,29 +30,13 @@ class Config:
         """For a kernel launch."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
-
-@dataclass(frozen=True)
-class Compilation:
-    """One kernel with everything the compiler must know.
-
-    signature: argument -> Triton type ("*fp16", "i32", "fp32"), "constexpr" for those in
-    `constants`, in the kernel's order. tensor_cores: whether it must use them.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    config: Config
-    tensor_cores: bool
-
-
-TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    def __str__(self) -> str:
+        return key(**self.arguments)
 
 
 def key(**facts: object) -> str:
-    """A name for a shape class: key(C=320, dtype="float16") -> "C=320,dtype=float16"."""
-    return ",".join(f"{name}={value}" for name, value in sorted(facts.items()))
+    """A name for a shape class: key(C=320, dtype=torch.float16) -> "C=320,dtype=float16"."""
+    return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in sorted(facts.items()))
 
 
 @functools.cache

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from dualdiff_engine.adapters.fold import fold_interaction
 from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.ops.triton.exchange import exchange
-from op_inputs import draw, interaction, strided, unfolded_interaction
+from op_inputs import exchange_arguments, strided, unfolded_interaction
 from tolerance import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def arguments(rows: int, channels: int, dtype: torch.dtype) -> tuple[list[Tensor], Any]:
-    """(arguments of the op, parts of the interaction they were folded from)."""
-    parts = interaction(channels, dtype)
-    folded = fold_interaction(parts, torch.empty(0, dtype=torch.float64))
-    names = ("gate_weight", "gate_bias", "value_weight", "value_bias")
-    x = draw(2, rows, channels, dtype=dtype)
-    residual = draw(2, rows, channels, dtype=dtype, seed=7)
-    return [x, *(folded[name].to(dtype) for name in names), residual], parts
-
-
 @pytest.mark.parametrize(("rows", "channels"), [(63, 48), (1, 16), (70, 96)])
 def test_exchange(dtype: torch.dtype, rows: int, channels: int) -> None:
-    given, parts = arguments(rows, channels, dtype)
+    given, parts = exchange_arguments(rows, channels, dtype)
     x, residual = given[0], given[-1]
     wide = {n: Affine(a.weight.double(), a.bias.double()) for n, a in parts.items()}
     exact = unfolded_interaction(x.double(), wide) + residual.double()
@@ -42,7 +28,7 @@ def test_exchange(dtype: torch.dtype, rows: int, channels: int) -> None:
 
 
 def test_wrong_shapes() -> None:
-    given, _ = arguments(3, 16, torch.float32)
+    given, _ = exchange_arguments(3, 16, torch.float32)
     with pytest.raises(ValueError, match=r"exchange takes input and residual \[2, M, C\].*\[3, 3"):
         exchange(torch.zeros(3, 3, 16), *given[1:])
     with pytest.raises(ValueError, match=r"got .* and residual \[2, 4, 16\]"):
@@ -51,7 +37,7 @@ def test_wrong_shapes() -> None:
 
 def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    given, _ = arguments(5, 16, torch.float32)
+    given, _ = exchange_arguments(5, 16, torch.float32)
     torch.library.opcheck(exchange, tuple(given))
     compiled = torch.compile(lambda *a: exchange(*a) * 2, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*given), exchange(*given) * 2)

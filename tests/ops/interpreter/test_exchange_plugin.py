@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from test_exchange import arguments, unfolded_interaction
 
 from dualdiff_engine.adapters.fold import fold_interaction
 from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.export.trt import exchange_plugin
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 from dualdiff_engine.ops.triton import exchange as op
+from op_inputs import exchange_arguments, unfolded_interaction
 from tolerance import assert_within_budget
 
 
@@ -22,7 +22,7 @@ def test_inputs_then_positions_then_output(
     dtype: torch.dtype, positions: int, channels: int
 ) -> None:
     """In half precision, the gate's bias in fp32 as exports hold it; the last block is not full."""
-    given, parts = arguments(positions, channels, dtype)
+    given, parts = exchange_arguments(positions, channels, dtype)
     given[2] = fold_interaction(parts, torch.empty(0, dtype=torch.float64))["gate_bias"].float()
     x, residual = given[0], given[-1]
     out = torch.full_like(x, math.nan)

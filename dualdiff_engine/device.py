@@ -1,0 +1,105 @@
+"""Where an engine runs: its device, its dtype, and the memory of the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualdiff_engine.errors import SettingsError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KEEP = 2**31 - 1
+_GROW = 64 << 20
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """The device that a name means; auto is the GPU if there is one. Raises SettingsError."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"no device {device!r}: use cpu, cuda, cuda:0, … or auto") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise SettingsError(f"device {str(chosen)!r} is not supported: use cpu or cuda")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(
+            f"device {str(chosen)!r}: this machine or this PyTorch has no CUDA; use cpu"
+        )
+    return chosen
+
+
+def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a name means; auto: fp32 on a CPU, bf16 on a GPU. Raises SettingsError."""
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise SettingsError(f"dtype must be auto, {', '.join(_DTYPES)}; got {dtype!r}")
+    if chosen is torch.float16 and device.type == "cpu":
+        raise SettingsError(
+            "float16 on a CPU is emulated and hundreds of times slower: use bfloat16"
+        )
+    return chosen
+
+
+def devices() -> dict[str, Any]:
+    """The devices of this machine by PyTorch's name, JSON-ready."""
+    found: dict[str, Any] = {"cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()}}
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        memory, capability = round(gpu.total_memory / 2**30), f"{gpu.major}.{gpu.minor}"
+        found[f"cuda:{number}"] = {"name": gpu.name, "GiB": memory, "capability": capability}
+    return found if len(found) > 1 else {**found, "cuda": {}}
+
+
+def keep_freed_blocks() -> bool:
+    """Let glibc reuse freed blocks of any size instead of handing them back to the system.
+
+    Activations of tens of megabytes come and go in every layer. By default each is a fresh mapping
+    whose pages fault in one by one, which costs more than the arithmetic of a norm or a GELU. Holds
+    for the whole process. Returns whether it took effect (glibc only).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(
+        mallopt(option, value) == 1
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEEP), (_M_TOP_PAD, _GROW))
+    )
+
+
+def release_freed_blocks() -> None:
+    """Hand what loading left behind back to the system, before the peak of a run is set."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch failed to allocate; on a CPU it says so only in words."""
+    words = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def spare_bytes(device: torch.device) -> int:
+    """Bytes that may be spent on caching: a quarter of what is free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
+    except (OSError, KeyError, ValueError):
+        return 1 << 30

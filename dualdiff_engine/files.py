@@ -1,0 +1,67 @@
+"""Files written whole or not at all, and hashes of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dualdiff_engine.errors import OutputError
+
+PARTIAL = ".partial"
+
+
+def partial_name(path: Path) -> Path:
+    """Where the content of `path` is written before it gets its name."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give the caller a temporary path; rename it to `path` if the block succeeds.
+
+    After a crash there is the old file or the new one, never a part. What lies at the temporary
+    path, a symlink included, is removed and not written through.
+    Raises OutputError when the file cannot be written.
+    """
+    partial = partial_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        yield partial
+        # the machine may go down, too: the content is on the disk before it has the name
+        sync(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{path} cannot be written ({reason}): free some space or choose another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OutputError."""
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
