@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -153,6 +153,16 @@ def _repair(path: Path, manifest: io.FileIO) -> int:
                 manifest.write(b"\n")
                 break
     return following
+
+
+def last_recipe(root: str | Path) -> dict[str, Any] | None:
+    """The recipe of the last pair in a folder, None where there is no pair."""
+    last = b""
+    with suppress(OSError), (Path(root) / MANIFEST).open("rb") as lines:
+        for line in lines:
+            last = line if _index_of(line) is not None else last
+    recipe = json.loads(last).get("recipe") if last else None
+    return recipe if isinstance(recipe, dict) else None
 
 
 def _index_of(line: bytes) -> int | None:

@@ -49,6 +49,10 @@ Backend = Annotated[
 CudaGraph = Annotated[
     bool | None, typer.Option(help="Replay captured steps; by default with Triton's attention.")
 ]
+Tune = Annotated[
+    Literal["auto", "never"],
+    typer.Option(help="Measure the fastest kernels, once per GPU; a CPU: see `dualdiff tune`."),
+]
 Masker = Annotated[Path | None, typer.Option(**FILE, help="ONNX model that makes the masks.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run TensorRT engines of others.")]
 Exported = Annotated[Path | None, typer.Option(help="Of `export onnx`, for --backend onnxruntime.")]

@@ -68,6 +68,8 @@ class ResnetBlock(nn.Module):
         super().__init__()
         groups, eps = plan.config.norm_groups, plan.config.norm_eps
         self.ops, self.index = plan.ops, index
+        # of the second norm, which has other channels
+        self.out_ops = plan.ops
         self.norm1 = nn.GroupNorm(groups, inner, eps)
         self.conv1 = Convolution(plan.ops, inner, outer, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(groups, outer, eps)
@@ -79,7 +81,7 @@ class ResnetBlock(nn.Module):
         hidden = norm_silu(self.ops, self.norm1, x)
         bias = call.time_bias[self.index]
         hidden = self.ops.convolution(hidden, self.conv1.weight, bias, padding=1)
-        hidden = norm_silu(self.ops, self.norm2, hidden)
+        hidden = norm_silu(self.out_ops, self.norm2, hidden)
         return self.conv2(hidden).add_(self.conv_shortcut(x))
 
 
@@ -124,6 +126,8 @@ class Transformer(nn.Module):
     def __init__(self, plan: Plan, channels: int, heads: int, layers: int) -> None:
         super().__init__()
         self.ops = plan.ops
+        # of the last product, which adds a residual
+        self.out_ops = plan.ops
         self.norm = nn.GroupNorm(plan.config.norm_groups, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
@@ -138,7 +142,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             hidden = block(hidden, call)
         residual = as_tokens(call.all_rows(x))
-        hidden = self.ops.linear(hidden, self.proj_out.weight, self.proj_out.bias, residual)
+        hidden = self.out_ops.linear(hidden, self.proj_out.weight, self.proj_out.bias, residual)
         return as_map(hidden, size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import time
@@ -15,7 +14,16 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.ops import BACKENDS, NAMES, bind, onednn, proof, reference, serves
+from dualdiff_engine.ops import (
+    BACKENDS,
+    NAMES,
+    backend_module,
+    bind,
+    onednn,
+    proof,
+    reference,
+    serves,
+)
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -97,9 +105,7 @@ def test_one_percent_in_one_row_shows(op: str, dtype: torch.dtype) -> None:
 def test_what_claims_to_serve_does(op: str, dtype: torch.dtype) -> None:
     """Each backend that this machine offers is right, or is left out for what it raised."""
     for backend in BACKENDS:
-        claimed, _ = importlib.import_module(f"dualdiff_engine.ops.{backend}").supported(
-            op, CPU, dtype
-        )
+        claimed, _ = backend_module(backend).supported(op, CPU, dtype)
         ok, reason = serves(backend, op, CPU, dtype)
         assert ok <= claimed
         assert ok or not claimed or reason.startswith("fails: "), reason
