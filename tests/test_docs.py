@@ -48,7 +48,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_snippet_that_proves_a_fold_is_there() -> None:
     source = "\n".join(snippets(ROOT / "docs" / "model.md"))
-    folds = ("fold_self_site", "gate_weight", "background_keep", "time_bias", "predict_noise")
+    folds = ("fold_self_site", "gate_weight", "background_keep", "time_inputs", "predict_noise")
     assert all(name in source for name in folds)
     assert source.count("assert_close") >= len(folds)
 

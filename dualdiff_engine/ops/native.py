@@ -9,6 +9,7 @@ neither on the rows beside it nor on the number of threads, oneDNN's products as
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,14 +20,29 @@ from torch import Tensor
 from dualdiff_engine.ops import contracts, flops, onednn
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 
-_native: Any = None
-_missing = ""
-try:
-    _native = importlib.import_module("dualdiff_engine._native")
-except ModuleNotFoundError:
-    _missing = "not built: DUALDIFF_BUILD_NATIVE=cpu pip install ."
-except ImportError as error:
-    _missing = f"the extension cannot be loaded: {error}"
+# as oneDNN's ONEDNN_MAX_CPU_ISA: instructions to use instead of the best, or "off"
+ISA = "DUALDIFF_NATIVE_ISA"
+
+
+def _load() -> tuple[Any, str, str]:
+    """(the extension or None, its instructions, why it is not there)."""
+    asked = os.environ.get(ISA, "")
+    if asked == "off":
+        return None, "", f"switched off by {ISA}"
+    try:
+        native = importlib.import_module("dualdiff_engine._native")
+        if asked:
+            native.use_level(asked)
+    except ModuleNotFoundError:
+        return None, "", "not built: DUALDIFF_BUILD_NATIVE=cpu pip install ."
+    except ImportError as error:
+        return None, "", f"the extension cannot be loaded: {error}"
+    except ValueError as error:
+        return None, "", f"{ISA}={asked}: {error}; it has {', '.join(native.levels())}"
+    return native, asked or native.levels()[0], ""
+
+
+_native, _level, _missing = _load()
 
 # op -> whether part of it is oneDNN's
 OPS = {"attention": False, "exchange": True, "group_norm_silu": False}
@@ -50,7 +66,7 @@ def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, 
         ok, reason = onednn.supported(op, device, dtype)
         if not ok:
             return False, reason
-    return True, f"C++ kernels for {_native.levels()[0]}"
+    return True, f"C++ kernels for {_level}"
 
 
 def _is_bf16(op: str, input: Tensor) -> bool:

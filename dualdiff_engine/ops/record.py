@@ -25,6 +25,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+# what limits the instructions that libraries and the C++ kernels use
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "DUALDIFF_NATIVE_ISA")
 PACKAGES = ("dualdiff-engine", "torch", "triton", "xformers")
 
 
@@ -45,7 +47,7 @@ def driver(device_type: str) -> str:
     """Of the GPU, as its kernel module says; of a CPU, the instructions that PyTorch uses."""
     if device_type == "cpu":
         # the libraries can be told to use fewer than the processor has
-        limits = [os.environ.get(x, "") for x in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")]
+        limits = [os.environ.get(x, "") for x in LIMITS]
         return " ".join([torch.backends.cpu.get_cpu_capability(), *filter(None, limits)])
     with suppress(OSError):
         return Path("/proc/driver/nvidia/version").read_text("utf-8").splitlines()[0]

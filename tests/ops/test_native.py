@@ -203,3 +203,26 @@ def test_the_build_refuses_what_it_cannot_do(asked: str, message: str) -> None:
     )
     assert run.returncode != 0
     assert message in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ("portable", "C++ kernels for portable"),
+        ("off", "switched off by DUALDIFF_NATIVE_ISA"),
+        ("mmx", "this processor has no level mmx; it has "),
+    ],
+)
+def test_instructions_can_be_limited(asked: str, shown: str) -> None:
+    code = (
+        "import torch; from dualdiff_engine.ops import native\n"
+        "print(native.supported('attention', torch.device('cpu'), torch.float32))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DUALDIFF_NATIVE_ISA": asked},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown in run.stdout
