@@ -73,7 +73,7 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         max_batch: int,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = False,
         tune: str = "auto",
         *,
         denoiser: Denoiser | None = None,
@@ -96,7 +96,7 @@ class Engine:
         self.interrupted = False
         self._banks = BankStore()
 
-    def _network(self, cuda_graph: bool, tune: str) -> Denoiser:
+    def _network(self, cuda_graph: bool | None, tune: str) -> Denoiser:
         """The base's UNet as coupled branches, folded; no adapter is loaded yet."""
         tokens = self.text_encoder.tokenizer.model_max_length
         network = tuning.Network(self.base.unet_config, self.base.sample_size, tokens)
@@ -111,7 +111,9 @@ class Engine:
                 f"the base UNet lacks {fold.diffusers_name(lacking[0])} "
                 f"({len(lacking)} tensors in all): download it again"
             )
-        return GraphedDenoiser(self.unet) if cuda_graph else self.unet
+        if cuda_graph is False or not graphs.wanted(cuda_graph, self.device):
+            return self.unet
+        return GraphedDenoiser(self.unet, required=cuda_graph is True)
 
     @classmethod
     def from_pretrained(
@@ -139,8 +141,8 @@ class Engine:
         recipe holds under "backends", or onnxruntime or
         tensorrt, which run the denoiser of `exported`, a folder by `dualdiff export onnx`; trust:
         also TensorRT engines that others built. cuda_graph: replay captured CUDA graphs, by default
-        where Triton serves attention on a GPU. max_batch: most pairs computed at once, by default 4
-        on a CPU and 32 on a GPU. tune: auto measures, the first time on a GPU, which backend is
+        on every GPU where a replay gives the network's own result. max_batch: most pairs computed
+        at once, by default 4 on a CPU and 32 on a GPU. tune: auto measures, the first time on a GPU, which backend is
         fastest for each call (about a minute; kept in the user's cache folder); never takes what
         was measured before, by `dualdiff tune` too, else the usual choice.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
@@ -156,14 +158,15 @@ class Engine:
         dtype = dtype_of(dtype, device)
         max_batch = max_batch_of(max_batch) or (32 if device.type == "cuda" else 4)
         ops = bind(backend, device=device, dtype=dtype)
-        graphed = graphs.wanted(cuda_graph, device, ops)
-        # the small file first: a wrong adapter is refused before gigabytes are read
+        # refused before gigabytes are read
+        graphs.wanted(cuda_graph, device)
+        # the small file first, for the same reason
         loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
         model = BaseModel(base, revision=revision, local_files_only=local_files_only)
         if device.type == "cpu":
             keep_freed_blocks()
         with torch.inference_mode():
-            engine = cls(model, ops, device, dtype, max_batch, graphed, tune)
+            engine = cls(model, ops, device, dtype, max_batch, cuda_graph, tune)
             if loaded is not None:
                 engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
         return engine

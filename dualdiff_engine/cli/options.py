@@ -47,7 +47,7 @@ Backend = Annotated[
     str, typer.Option(help="auto, a backend that `dualdiff doctor` lists, or op=name,…")
 ]
 CudaGraph = Annotated[
-    bool | None, typer.Option(help="Replay captured steps; by default with Triton's attention.")
+    bool | None, typer.Option(help="Replay captured steps; by default on every GPU that can.")
 ]
 Tune = Annotated[
     Literal["auto", "never"],

@@ -132,7 +132,7 @@ def check(
     _check_background(run, with_background, background_noise)
     chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
     size = _latent_size(chosen, run.pixels_per_latent)
-    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps, run.device)
+    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps)
     if latents is not None:
         latents = tensor_of("latents", latents, ("n", 2, 4, *size))
     if background_latents is not None:
