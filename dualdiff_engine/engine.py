@@ -138,13 +138,13 @@ class Engine:
         base: a diffusers Stable Diffusion folder or a hub id. adapter: see `load_adapter`. dtype:
         float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
         or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or the choice that a
-        recipe holds under "backends", or onnxruntime or
-        tensorrt, which run the denoiser of `exported`, a folder by `dualdiff export onnx`; trust:
-        also TensorRT engines that others built. cuda_graph: replay captured CUDA graphs, by default
-        on every GPU where a replay gives the network's own result. max_batch: most pairs computed
-        at once, by default 4 on a CPU and 32 on a GPU. tune: auto measures, the first time on a GPU, which backend is
-        fastest for each call (about a minute; kept in the user's cache folder); never takes what
-        was measured before, by `dualdiff tune` too, else the usual choice.
+        recipe holds under "backends", or onnxruntime or tensorrt, which run the denoiser of
+        `exported`, a folder by `dualdiff export onnx`; trust: also TensorRT engines that others
+        built. cuda_graph: replay captured CUDA graphs, by default on every GPU where a replay gives
+        the network's own result. max_batch: most pairs computed at once, by default 4 on a CPU and
+        32 on a GPU. tune: auto measures, the first time on a GPU, which backend is fastest for each
+        call (about a minute; kept in the user's cache folder); never takes what was measured
+        before, by `dualdiff tune` too, else the usual choice.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
         named = backend if isinstance(backend, str) else ""

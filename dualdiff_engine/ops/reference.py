@@ -40,20 +40,23 @@ def branch_linear(
     share: Tensor | None = None,
     keep: Tensor | None = None,
     *,
-    linear: Linear = linear,
+    linear: Linear | None = None,
 ) -> Tensor:
     """y_f = x_f W_fᵀ + b: one weight per branch, one bias for all.
 
     input [F, M, C], weight [F, D, C], bias [D] -> [F, M, D], in the input's dtype. With share
     [R, S, E] and keep [1], the last E columns of branch 0, rows [R, B, S] of it, become
-    keep · y_0 + share: the background joins keys and values.
+    keep · y_0 + share: the background joins keys and values. linear: computes the products; by
+    default PyTorch does, each written where it belongs.
     """
-    if weight.shape[0] == 1:
-        out = linear(input[0], weight[0], bias)[None]
-    else:
-        out = input.new_empty(*input.shape[:-1], weight.shape[1])
-        for branch in range(weight.shape[0]):
-            out[branch] = linear(input[branch], weight[branch], bias)
+    out = input.new_empty(*input.shape[:-1], weight.shape[1])
+    for x, w, y in zip(input.flatten(1, -2), weight, out.flatten(1, -2), strict=True):
+        if linear is not None:
+            y.copy_(linear(x, w, bias))
+        elif bias is None:
+            torch.mm(x, w.t(), out=y)
+        else:
+            torch.addmm(bias, x, w.t(), out=y)
     if share is not None and keep is not None:
         rows, positions, width = share.shape
         own = out[0].view(rows, -1, positions, weight.shape[1])[..., -width:]
