@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +86,53 @@ def release_freed_blocks() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+# how libraries say on a CPU that memory ran out: PyTorch, safetensors' mapping, ONNX Runtime, C++,
+# oneDNN, the operating system
+_OUT_OF_MEMORY = re.compile(
+    r"not enough memory|can't allocate memory|cannot allocate memory|DefaultCPUAllocator"
+    r"|unable to mmap|failed to allocate memory|bad_alloc|out of memory"
+    r"|could not create a memory|could not create a primitive$",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch failed to allocate; on a CPU it says so only in words."""
-    words = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator")
+    """Whether memory ran out; on a CPU libraries say so only in words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, RuntimeError | OSError | ValueError)
+        and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 
 def spare_bytes(device: torch.device) -> int:
-    """Bytes that may be spent on caching: a quarter of what is free now."""
+    """Bytes that may be spent on caching: a quarter of what is free now.
+
+    On a CPU the limit of the container counts where it is below the machine's.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 4
+    free = [x for x in (_free_in_machine(), _free_in_container()) if x is not None]
+    return min(free, default=4 << 30) // 4
+
+
+def _free_in_machine() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
+        return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 1 << 30
+        return None
+
+
+def _free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a cgroup leaves, version 2 or 1; None without a limit."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            # "max" where there is no limit
+            return max(0, int((root / limit).read_text()) - int((root / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return None

@@ -24,10 +24,11 @@ from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops, bind
-from dualdiff_engine.pair import Facts, Pair
+from dualdiff_engine.pair import Facts, Fault, Pair
 from dualdiff_engine.pipeline import generate as pipeline
 from dualdiff_engine.pipeline.background import BankStore
-from dualdiff_engine.pipeline.generate import Run
+from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock
+from dualdiff_engine.pipeline.generate import Resumed, Run
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
     Background,
@@ -95,6 +96,7 @@ class Engine:
         self._active: str | None = None
         self.interrupted = False
         self._banks = BankStore()
+        self._busy, self._batches = BusyLock(), BatchMemory()
 
     def _network(self, cuda_graph: bool | None, tune: str) -> Denoiser:
         """The base's UNet as coupled branches, folded; no adapter is loaded yet."""
@@ -215,25 +217,32 @@ class Engine:
         self.keep_folded(name, Resident(adapters.summary(adapter), folded, text))
 
     def keep_folded(self, name: str, folded: Resident) -> None:
-        """Keep an adapter that was folded elsewhere and make it the active one."""
-        self._load(folded.sites)
-        self._residents[name] = folded
-        self._activate(name)
+        """Keep an adapter that was folded elsewhere and make it the active one.
+
+        Raises SettingsError while pairs are drawn.
+        """
+        with self._busy.held():
+            self._load(folded.sites)
+            self._residents[name] = folded
+            self._activate(name)
 
     def set_adapter(self, name: str) -> None:
         """Make a resident adapter the active one: tensors are pointed at, nothing is computed."""
         if name not in self._residents:
             known = ", ".join(self._residents) or "none"
             raise SettingsError(f"no adapter {name!r} is loaded (loaded: {known})")
-        self._load(self._residents[name].sites)
-        self._activate(name)
+        with self._busy.held():
+            self._load(self._residents[name].sites)
+            self._activate(name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; if it is active, set another before generating."""
-        if self._residents.pop(name, None) is None:
+        if name not in self._residents:
             raise SettingsError(f"no adapter {name!r} is loaded")
-        if self._active == name:
-            self._activate(None)
+        with self._busy.held():
+            del self._residents[name]
+            if self._active == name:
+                self._activate(None)
 
     @property
     def adapters(self) -> list[str]:
@@ -268,6 +277,8 @@ class Engine:
         segmenter: str | Path | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        on_fault: Callable[[Fault], None] | None = None,
+        resume: Resumed | None = None,
         progress: bool = False,
     ) -> list[Pair]:
         """Draw pairs.
@@ -290,6 +301,9 @@ class Engine:
             output_type: "pil", "np" or "pt"; see `Pair`.
             callback_on_step_end: Called with (engine, step, timestep, {"latents": [B, 2, 4, h, w]})
                 after every step, as in diffusers; what it returns under "latents" goes on.
+            on_fault: Called with a `Fault` for every pair that came out unusable, which is then
+                left out. Default: raise PairError.
+            resume: Where the pairs go, a `FolderWriter`: what it holds is not drawn again.
             progress: Show a progress bar on stderr.
 
         Returns:
@@ -298,7 +312,9 @@ class Engine:
         Raises:
             SettingsError: A value is wrong. Nothing has been computed then.
             SegmenterError: The segmenter cannot be used.
-            OutOfMemoryError: A batch does not fit; the message names one that does.
+            PairError: A pair came out unusable: not finite, or of one colour.
+            OutOfMemoryError: Not even one pair fits. A larger batch is halved and drawn again.
+            OutputError: `resume` holds pairs of another recipe.
         """
         return list(
             self.stream(
@@ -318,6 +334,8 @@ class Engine:
                 segmenter=segmenter,
                 output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
+                on_fault=on_fault,
+                resume=resume,
                 progress=progress,
             )
         )
@@ -341,6 +359,8 @@ class Engine:
         segmenter: str | Path | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        on_fault: Callable[[Fault], None] | None = None,
+        resume: Resumed | None = None,
         progress: bool = False,
     ) -> Generator[Pair, None, None]:
         """As `generate`, but hand out each pair as soon as its batch is done.
@@ -363,10 +383,18 @@ class Engine:
             segmenter=segmenter,
             output_type=output_type,
             callback=partial(callback_on_step_end, self) if callback_on_step_end else None,
+            on_fault=on_fault,
+            resume=resume,
             progress=progress,
         )
-        self.interrupted = False
-        return pipeline.generate(run, request)
+        return self._until_interrupted(pipeline.generate(run, request))
+
+    def _until_interrupted(self, pairs: Generator[Pair, None, None]) -> Generator[Pair, None, None]:
+        """The pairs of a run; an interruption ends this run and no later one."""
+        try:
+            yield from pairs
+        finally:
+            self.interrupted = False
 
     def _run(self) -> Run:
         """The parts that draw pairs with the active adapter."""
@@ -396,12 +424,18 @@ class Engine:
             adapter=name,
             trained_background=resident.summary.background,
             facts=facts,
-            is_active=lambda: self._active == name,
+            # by content: another file may have been loaded under the name
+            is_active=lambda: self._active == name and self._require_adapter() is resident,
             interrupted=lambda: self.interrupted,
+            busy=self._busy,
+            batches=self._batches,
         )
 
     def interrupt(self) -> None:
-        """Stop the running `generate` or `stream` after its current step; finished pairs stay."""
+        """Stop the running `generate` or `stream` after its current step; finished pairs stay.
+
+        Before one, the next one draws nothing: a Ctrl-C while a model loads is not lost.
+        """
         self.interrupted = True
 
     def close(self) -> None:
