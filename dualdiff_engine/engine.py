@@ -16,7 +16,7 @@ from dualdiff_engine import adapters
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BUNDLE, BaseModel
-from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
+from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks, numerics, tf32_of
 from dualdiff_engine.errors import BackendError, BaseModelError, SettingsError
 from dualdiff_engine.model import binding, tuning
 from dualdiff_engine.model import cuda_graph as graphs
@@ -76,6 +76,7 @@ class Engine:
         max_batch: int,
         cuda_graph: bool | None = False,
         tune: str = "auto",
+        tf32: bool = False,
         *,
         denoiser: Denoiser | None = None,
         text_encoder: TextEncoder | None = None,
@@ -84,6 +85,7 @@ class Engine:
         """denoiser, text_encoder, vae: run in place of the base model's own."""
         self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
         self.max_batch = max_batch
+        self.tf32 = tf32
         # where the network calls its ops, if what serves them differs by shape
         self._places: tuning.Places = {}
         self.text_encoder = text_encoder or TextEncoder(*base.load_text())
@@ -129,6 +131,7 @@ class Engine:
         cuda_graph: bool | None = None,
         max_batch: int | None = None,
         tune: str = "auto",
+        tf32: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -146,7 +149,8 @@ class Engine:
         the network's own result. max_batch: most pairs computed at once, by default 4 on a CPU and
         32 on a GPU. tune: auto measures, the first time on a GPU, which backend is fastest for each
         call (about a minute; kept in the user's cache folder); never takes what was measured
-        before, by `dualdiff tune` too, else the usual choice.
+        before, by `dualdiff tune` too, else the usual choice. tf32: let a GPU round what float32
+        products and convolutions take to TF32, 10 bits, which is faster.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
         named = backend if isinstance(backend, str) else ""
@@ -158,6 +162,7 @@ class Engine:
         tuning.check_mode(tune)
         device = device_of(device)
         dtype = dtype_of(dtype, device)
+        tf32_of(tf32, device, dtype)
         max_batch = max_batch_of(max_batch) or (32 if device.type == "cuda" else 4)
         ops = bind(backend, device=device, dtype=dtype)
         # refused before gigabytes are read
@@ -168,7 +173,7 @@ class Engine:
         if device.type == "cpu":
             keep_freed_blocks()
         with torch.inference_mode():
-            engine = cls(model, ops, device, dtype, max_batch, cuda_graph, tune)
+            engine = cls(model, ops, device, dtype, max_batch, cuda_graph, tune, tf32)
             if loaded is not None:
                 engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
         return engine
@@ -405,6 +410,7 @@ class Engine:
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             backends=self.ops.recorded,
+            tf32=self.tf32,
         )
         return Run(
             denoiser=self.denoiser,
@@ -473,12 +479,13 @@ class Engine:
         dtype.
         """
         self._require_adapter()
-        time = self.denoiser.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
-        text = self.denoiser.text_inputs(context.to(self.device, self.dtype))
-        shares = None
-        if background_latents is not None:
-            shares = self.denoiser.background_shares(background_latents.to(self.device), time, text)
-        return self.denoiser(latents.to(self.device), time, text, shares)
+        shares, run = None, self.denoiser
+        with numerics(self.device, self.tf32):
+            time = run.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
+            text = run.text_inputs(context.to(self.device, self.dtype))
+            if background_latents is not None:
+                shares = run.background_shares(background_latents.to(self.device), time, text)
+            return run(latents.to(self.device), time, text, shares)
 
     # -----------------------------------------------------------------------------------------
 
