@@ -23,6 +23,8 @@ Shapes = tuple[Any, ...]
 
 # of each candidate, in turn: A B A B …
 ROUNDS = {"cpu": 5, "cuda": 15}
+# short calls are timed more often: until each candidate has run this long, or so often
+LEAST_S, MOST_ROUNDS = 0.02, 50
 # the usual choice stays unless another is this much faster: a tie must not flip between runs
 GAIN = 0.97
 # rows that a proof keeps of a call: more than a vector, a block's edge among them
@@ -149,7 +151,9 @@ def time_call(call: OpCall, device: torch.device, dtype: torch.dtype) -> dict[st
         if not right and name != usual:
             del runs[name]
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS[device.type]):
+    shortest = min(_seconds(run, device) for run in runs.values())
+    rounds = min(MOST_ROUNDS, math.ceil(LEAST_S / max(shortest, 1e-9)))
+    for _ in range(max(ROUNDS[device.type], rounds)):
         for name, run in runs.items():
             times[name].append(_seconds(run, device))
     # what else runs on the machine only adds
