@@ -264,6 +264,15 @@ def _repair(path: Path, manifest: io.FileIO) -> list[Row]:
     return rows
 
 
+def last_recipe(root: str | Path) -> dict[str, Any] | None:
+    """The recipe of the last pair in a folder, None where there is no pair."""
+    row: Row | None = None
+    with suppress(OSError), (Path(root) / MANIFEST).open("rb") as lines:
+        for line in lines:
+            row = _row_of(line) or row
+    return dict(row.recipe) if row is not None and row.recipe else None
+
+
 def _row_of(line: bytes, index: int | None = None) -> Row | None:
     """A row of a manifest, None if the line is not one; index: where a line has none of its own."""
     try:

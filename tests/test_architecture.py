@@ -53,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "cli": {
         *("adapters", "base_model", "demo", "device", "engine", "errors", "evaluation", "files"),
-        *("folder_writer", "ops", "pair", "pictures", "pipeline", "settings", "training"),
+        *("folder_writer", "model", "ops", "pair", "pictures", "pipeline", "settings", "training"),
     },
 }
 PACKAGE_ROOMS = set(LAYERS)

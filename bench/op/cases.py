@@ -80,7 +80,8 @@ def trace(
 
         return record
 
-    ops = Ops(**{op: recorder(op) for op in NAMES}, table=())
+    recorders: dict[str, Any] = {op: recorder(op) for op in NAMES}
+    ops = Ops(**recorders, table=())
     size = size or MODELS[model]["sample_size"]
     with torch.inference_mode(), META:
         unet = DualUNet(network_config(model), ops, background=background)

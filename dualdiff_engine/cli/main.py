@@ -20,6 +20,7 @@ import dualdiff_engine
 from dualdiff_engine import settings
 from dualdiff_engine.cli import demo as demos
 from dualdiff_engine.cli import evaluate as evaluation
+from dualdiff_engine.cli import tune as tuning
 from dualdiff_engine.cli.doctor import doctor, print_table
 from dualdiff_engine.cli.interrupt import INTERRUPTED, TERMINATED, clean_stop
 from dualdiff_engine.cli.options import (
@@ -51,8 +52,10 @@ from dualdiff_engine.cli.options import (
     Size,
     Steps,
     Trust,
+    Tune,
 )
 from dualdiff_engine.cli.train import train
+from dualdiff_engine.cli.tune import continued
 from dualdiff_engine.errors import (
     AdapterError,
     BaseModelError,
@@ -178,6 +181,7 @@ def generate(
     device: Device = "auto",
     backend: Backend = "auto",
     cuda_graph: CudaGraph = None,
+    tune: Tune = "auto",
     segmenter: Masker = None,
     exported: Exported = None,
     trust: Trust = False,
@@ -209,7 +213,8 @@ def generate(
             adapter=adapter,
             dtype=dtype,
             device=device,
-            backend=backend,
+            backend=continued(out, backend, device, dtype) if exported is None else backend,
+            tune=tune,
             cuda_graph=cuda_graph,
             max_batch=batch,
             allow_pickle=allow_pickle,
@@ -368,3 +373,4 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
 
 
 app.command()(doctor)
+app.command("tune")(tuning.tune)
