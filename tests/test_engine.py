@@ -464,6 +464,8 @@ def test_wrong_requests(dual: Engine, options: dict[str, Any], message: str) -> 
         ({"device": "mps"}, SettingsError, "device 'mps' is not supported"),
         ({"backend": "fastest"}, BackendError, "no backend is called 'fastest'"),
         ({"cuda_graph": True}, SettingsError, "cuda_graph needs an NVIDIA GPU"),
+        ({"tf32": True}, SettingsError, "tf32 is for float32 on a GPU"),
+        ({"tune": "always"}, SettingsError, "tune must be one of auto, never"),
         ({"max_batch": 0}, SettingsError, "max_batch must be a positive whole number"),
     ],
 )

@@ -61,7 +61,7 @@ def doctor(
         for name, device in report["devices"].items()
     )
     typer.echo(f"\noperations on {report['device']} in {report['dtype']}:")
-    print_table((row["op"], f"{row['backend']:<12}{row['reason']}") for row in report["ops"])
+    print_table((row.name, f"{row.backend:<12}{row.reason}") for row in bound.table)
 
 
 def _installed(distribution: str) -> str | None:

@@ -60,7 +60,11 @@ Backend = Annotated[
     str, typer.Option(help="auto, a backend listed by `dualdiff doctor`, or op=name,…")
 ]
 CudaGraph = Annotated[
-    bool | None, typer.Option(help="Use CUDA graphs (default: if Triton serves attention).")
+    bool | None, typer.Option(help="Use CUDA graphs (default: on every GPU that can).")
+]
+Tune = Annotated[
+    Literal["auto", "never"],
+    typer.Option(help="Measure the fastest kernels once per GPU; on a CPU see `dualdiff tune`."),
 ]
 Masker = Annotated[Path | None, typer.Option(**FILE, help="ONNX model that makes the masks.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run TensorRT engines built by others.")]
@@ -69,6 +73,9 @@ Exported = Annotated[
 ]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Open a .bin file that you trust.")
+]
+Append = Annotated[
+    bool, typer.Option("--append", help="Add to a folder that holds pairs of another recipe.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
