@@ -80,7 +80,7 @@ def test_every_option_that_a_page_names_exists() -> None:
 
     known = options_of(typer.main.get_command(app)) | set(bench.parser()._option_string_actions)
     # of the GPU suite, of the full-size export, and of the budget
-    known |= {"--interpret", "--tensorrt-rtx", "--update"}
+    known |= {"--call", "--interpret", "--output", "--part", "--tensorrt-rtx", "--update"}
     pages = [*PAGES, *READMES, ROOT / "dualdiff_engine" / "training" / "README.md"]
     # of NVIDIA's server
     named = {"--model-repository": "export/README.md"}
