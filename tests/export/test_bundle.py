@@ -145,7 +145,7 @@ def test_another_result_is_found(copy: Path) -> None:
     probe = load_file(path)
     save_file({**probe, "noise": probe["noise"] * 1.001}, path)
     write_manifest(copy)
-    with pytest.raises(BackendError, match=r"denoiser with adapter adapter is 1\.0e-03 off"):
+    with pytest.raises(BackendError, match=r"denoiser with adapter adapter differs by 1\.0e-03"):
         verify_bundle(copy)
 
 

@@ -102,7 +102,7 @@ def test_every_attention_gets_a_kernel_of_its_own(
     """TensorRT refuses an attention without one: a plan shows that all were taken."""
     pytest.importorskip("tensorrt_rtx")
     folder = tiny(background)
-    monkeypatch.setattr(tensorrt_api, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(tensorrt_api, "REPORT_SECONDS", 0.0)
     said: list[str] = []
     built = tensorrt_build.build(folder, OPTIONS, said.append)
     graphs = read_artefacts(folder)
@@ -166,13 +166,13 @@ def test_wrong_options(change: dict[str, Any], message: str) -> None:
 
 def test_exports_that_cannot_be_built(exported: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(SettingsError, match="exported in float32, for which TensorRT has no fused"):
+    with pytest.raises(SettingsError, match="exported in float32, but TensorRT has no fused"):
         tensorrt_build.build(exported("dual"), OPTIONS)
     folder = exported("dual", precision="float16")
-    with pytest.raises(SettingsError, match="batches go to 65, the export to 64"):
+    with pytest.raises(SettingsError, match="batches go up to 65, the export up to 64"):
         tensorrt_build.build(folder, replace(OPTIONS, batches=(65,)))
     with pytest.raises(
-        BackendError, match=r"not build for compute capability 1\.2: it knows .*8\.9"
+        BackendError, match=r"cannot build for compute capability 1\.2: choose .*8\.9"
     ):
         tensorrt_build.build(folder, replace(OPTIONS, targets=("1.2",)))
 
@@ -208,7 +208,7 @@ def test_building_for_this_gpu_needs_one(exported: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(BackendError, match="this machine has none: use tensorrt-rtx with --target"):
+    with pytest.raises(BackendError, match="there is none: use tensorrt-rtx with --target"):
         tensorrt_build.build(
             exported("dual", precision="float16"), BuildOptions(flavour="tensorrt-rtx")
         )
