@@ -6,6 +6,8 @@ import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,34 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
             "float16 on a CPU is emulated and hundreds of times slower: use bfloat16"
         )
     return chosen
+
+
+@contextmanager
+def numerics(device: torch.device, tf32: bool) -> Iterator[None]:
+    """On a GPU, within the block: cuDNN measures its kernels, and float32 is TF32 only if asked.
+
+    PyTorch's own settings let cuDNN round float32 to TF32, 10 bits. They hold for the process and
+    are restored afterwards, whatever happens. On a CPU nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32, tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def tf32_of(tf32: bool, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether float32 may be rounded to TF32. Raises SettingsError where there is no such thing."""
+    if tf32 and (device.type != "cuda" or dtype != torch.float32):
+        raise SettingsError(
+            f"tf32 is for float32 on a GPU; the engine is {dtype} on {device}: leave it out"
+        )
+    return tf32
 
 
 def devices() -> dict[str, Any]:

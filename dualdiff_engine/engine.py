@@ -16,8 +16,9 @@ from dualdiff_engine import adapters
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BUNDLE, BaseModel
-from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
+from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks, numerics, tf32_of
 from dualdiff_engine.errors import BackendError, BaseModelError, SettingsError
+from dualdiff_engine.model import binding, tuning
 from dualdiff_engine.model import cuda_graph as graphs
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
@@ -73,7 +74,9 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         max_batch: int,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = False,
+        tune: str = "auto",
+        tf32: bool = False,
         *,
         denoiser: Denoiser | None = None,
         text_encoder: TextEncoder | None = None,
@@ -82,20 +85,28 @@ class Engine:
         """denoiser, text_encoder, vae: run in place of the base model's own."""
         self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
         self.max_batch = max_batch
+        self.tf32 = tf32
+        # where the network calls its ops, if what serves them differs by shape
+        self._places: tuning.Places = {}
         self.text_encoder = text_encoder or TextEncoder(*base.load_text())
-        # half precision overflows in this VAE's decoder
-        half = dtype == torch.float16
-        self.vae = vae or base.load_vae(device, torch.float32 if half else dtype)
+        # fp16 overflows in this decoder; bf16 that is computed in fp32 gains nothing by rounding
+        wide = dtype == torch.float16 or ops.widened
+        self.vae = vae or base.load_vae(device, torch.float32 if wide else dtype)
         # what the loop calls: the network, its captured graphs, or what was handed in
-        self.denoiser: Denoiser = denoiser or self._network(cuda_graph)
+        self.denoiser: Denoiser = denoiser or self._network(cuda_graph, tune)
         self._residents: dict[str, Resident] = {}
         self._active: str | None = None
         self.interrupted = False
         self._banks = BankStore()
         self._busy, self._batches = BusyLock(), BatchMemory()
 
-    def _network(self, cuda_graph: bool) -> Denoiser:
+    def _network(self, cuda_graph: bool | None, tune: str) -> Denoiser:
         """The base's UNet as coupled branches, folded; no adapter is loaded yet."""
+        tokens = self.text_encoder.tokenizer.model_max_length
+        network = tuning.Network(self.base.unet_config, self.base.sample_size, tokens)
+        self.ops, self._places = tuning.settle(
+            self.ops, network, self.device, self.dtype, self.max_batch, tune
+        )
         self.unet = DualUNet(self.base.unet_config, self.ops, background=True)
         self.denoiser = self.unet
         self._load(fold.fold_network(self.base.unet, self.device, self.dtype))
@@ -104,7 +115,9 @@ class Engine:
                 f"the base UNet lacks {fold.diffusers_name(lacking[0])} "
                 f"({len(lacking)} tensors in all): download it again"
             )
-        return GraphedDenoiser(self.unet) if cuda_graph else self.unet
+        if cuda_graph is False or not graphs.wanted(cuda_graph, self.device):
+            return self.unet
+        return GraphedDenoiser(self.unet, required=cuda_graph is True)
 
     @classmethod
     def from_pretrained(
@@ -114,9 +127,11 @@ class Engine:
         adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
-        backend: str = "auto",
+        backend: str | Mapping[str, str] = "auto",
         cuda_graph: bool | None = None,
         max_batch: int | None = None,
+        tune: str = "auto",
+        tf32: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -127,30 +142,38 @@ class Engine:
 
         base: a diffusers Stable Diffusion folder or a hub id. adapter: see `load_adapter`. dtype:
         float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
-        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or onnxruntime or
-        tensorrt, which run the denoiser of `exported`, a folder by `dualdiff export onnx`; trust:
-        also TensorRT engines that others built. cuda_graph: replay captured CUDA graphs, by default
-        where Triton serves attention on a GPU. max_batch: most pairs computed at once, by default 4
-        on a CPU and 32 on a GPU.
+        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or the choice that a
+        recipe holds under "backends", or onnxruntime or tensorrt, which run the denoiser of
+        `exported`, a folder by `dualdiff export onnx`; trust: also TensorRT engines that others
+        built. cuda_graph: replay captured CUDA graphs, by default on every GPU where a replay gives
+        the network's own result. max_batch: most pairs computed at once, by default 4 on a CPU and
+        32 on a GPU. tune: auto measures, the first time on a GPU, which backend is fastest for each
+        call (about a minute; kept in the user's cache folder); never takes what was measured
+        before, by `dualdiff tune` too, else the usual choice. tf32: let a GPU round what float32
+        products and convolutions take to TF32, 10 bits, which is faster.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
-        if exported is not None or backend in runtimes() or Path(base, BUNDLE).is_file():
-            return runtime(backend if backend in runtimes() else "onnxruntime").from_pretrained(
+        named = backend if isinstance(backend, str) else ""
+        if exported is not None or named in runtimes() or Path(base, BUNDLE).is_file():
+            return runtime(named if named in runtimes() else "onnxruntime").from_pretrained(
                 base, exported, backend, adapter, dtype, device, max_batch, allow_pickle, revision,
                 local_files_only, trust,
             )  # fmt: skip
+        tuning.check_mode(tune)
         device = device_of(device)
         dtype = dtype_of(dtype, device)
+        tf32_of(tf32, device, dtype)
         max_batch = max_batch_of(max_batch) or (32 if device.type == "cuda" else 4)
         ops = bind(backend, device=device, dtype=dtype)
-        graphed = graphs.wanted(cuda_graph, device, ops)
-        # the small file first: a wrong adapter is refused before gigabytes are read
+        # refused before gigabytes are read
+        graphs.wanted(cuda_graph, device)
+        # the small file first, for the same reason
         loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
         model = BaseModel(base, revision=revision, local_files_only=local_files_only)
         if device.type == "cpu":
             keep_freed_blocks()
         with torch.inference_mode():
-            engine = cls(model, ops, device, dtype, max_batch, graphed)
+            engine = cls(model, ops, device, dtype, max_batch, cuda_graph, tune, tf32)
             if loaded is not None:
                 engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
         return engine
@@ -386,7 +409,8 @@ class Engine:
             adapter={"source": resident.summary.file, "sha256": resident.summary.sha256},
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
-            backends={row.op: row.backend for row in self.ops.table},
+            backends=self.ops.recorded,
+            tf32=self.tf32,
         )
         return Run(
             denoiser=self.denoiser,
@@ -455,18 +479,22 @@ class Engine:
         dtype.
         """
         self._require_adapter()
-        time = self.denoiser.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
-        text = self.denoiser.text_inputs(context.to(self.device, self.dtype))
-        shares = None
-        if background_latents is not None:
-            shares = self.denoiser.background_shares(background_latents.to(self.device), time, text)
-        return self.denoiser(latents.to(self.device), time, text, shares)
+        shares, run = None, self.denoiser
+        with numerics(self.device, self.tf32):
+            time = run.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
+            text = run.text_inputs(context.to(self.device, self.dtype))
+            if background_latents is not None:
+                shares = run.background_shares(background_latents.to(self.device), time, text)
+            return run(latents.to(self.device), time, text, shares)
 
     # -----------------------------------------------------------------------------------------
 
     def _activate(self, name: str | None) -> None:
         self._active = name
         self._banks.clear()
+        if name is not None and self._places:
+            kind = "background" if self._residents[name].summary.background else "plain"
+            binding.rebind(self.unet, self.ops, self._places[kind])
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         try:

@@ -98,7 +98,8 @@ def versions() -> dict[str, str]:
 class Facts:
     """What all pairs of an engine share: where they are drawn and with which weights.
 
-    base, adapter: source and sha256 of each. backends: op -> backend.
+    base, adapter: source and sha256 of each. backends: op, or op@class -> backend. tf32: whether
+    float32 products on a GPU were rounded to TF32.
     """
 
     base: Mapping[str, str]
@@ -106,6 +107,7 @@ class Facts:
     dtype: str
     device: str
     backends: Mapping[str, str]
+    tf32: bool = False
 
 
 def same_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -117,6 +119,8 @@ def same_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
     def compared(recipe: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
+        # recipes of older versions do not say it
+        kept.setdefault("tf32", False)
         for part in ("base", "adapter"):
             kept[part] = (kept.get(part) or {}).get("sha256")
         return json.loads(json.dumps(kept))
@@ -146,6 +150,7 @@ def describe(
         "dtype": facts.dtype,
         "device": facts.device,
         "backends": dict(facts.backends),
+        "tf32": facts.tf32,
         "versions": versions(),
         "given": given,
         "segmenter": segmenter,

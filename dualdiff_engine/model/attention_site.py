@@ -27,6 +27,8 @@ class AttentionSite(nn.Module):
     def __init__(self, ops: Ops, index: int, channels: int, heads: int, branches: int) -> None:
         super().__init__()
         self.ops, self.index, self.channels, self.heads = ops, index, channels, heads
+        # of `finish`, whose products have other shapes
+        self.out_ops = ops
         self.empty("out_weight", branches, channels, channels)
         self.empty("out_bias", channels)
         if branches == 2:
@@ -41,10 +43,10 @@ class AttentionSite(nn.Module):
         """attended and residual [N, S, C] -> residual + site output."""
         branches = call.branches
         flat = attended.view(branches, -1, self.channels)
-        out = self.ops.branch_linear(flat, self.out_weight[:branches], self.out_bias)
+        out = self.out_ops.branch_linear(flat, self.out_weight[:branches], self.out_bias)
         if branches == 1:
             return out.view_as(residual).add_(residual)
-        return self.ops.exchange(
+        return self.out_ops.exchange(
             out,
             self.gate_weight,
             self.gate_bias,

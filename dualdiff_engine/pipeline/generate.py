@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualdiff_engine.device import is_out_of_memory
+from dualdiff_engine.device import is_out_of_memory, numerics
 from dualdiff_engine.errors import PairError, SettingsError
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import Ops
@@ -148,14 +149,11 @@ def check(
     _check_background(run, with_background, background_noise)
     chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
     size = _latent_size(chosen, run.pixels_per_latent)
-    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps, run.device)
-    if latents is not None:
-        latents = tensor_of("latents", latents, ("n", 2, 4, *size))
-    if background_latents is not None:
-        background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
-    if background_noise is not None:
-        shape = (schedule.calls, 2, 4, *size)
-        background_noise = tensor_of("background_noise", background_noise, shape)
+    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps)
+    latents = tensor_of("latents", latents, ("n", 2, 4, *size))
+    background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
+    noise_shape = (schedule.calls, 2, 4, *size)
+    background_noise = tensor_of("background_noise", background_noise, noise_shape)
     pairs = seeds_of(n, seeds, None if latents is None else len(latents))
     batch = batch_of(batch, run.max_batch, len(pairs))
     surroundings, record = None, None
@@ -213,14 +211,14 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
     """
     if not request.seeds or run.interrupted():
         return
-    with run.busy.held():
+    with _networks(run):
         text = _text(run, request)
         bank = _background(run, request)
     start, total = 0, request.schedule.calls * len(request.seeds)
     with tqdm(total=total, disable=not request.progress, unit="call", file=Stderr()) as bar:
         while start < len(request.seeds):
             _check_active(run)
-            with run.busy.held():
+            with _networks(run):
                 batch = run.batches.next(min(request.batch, len(request.seeds) - start))
                 noise, generators = _noise(request, start, batch)
                 drawn = _denoise(run, request, text, bank, noise, generators, bar)
@@ -237,7 +235,7 @@ def _finished(
     """The decoded pair with its mask; nothing, after `on_fault`, when it cannot be used."""
     fault = faults.of_latents(bad_step, run.dtype)
     if fault is None:
-        with run.busy.held():
+        with _networks(run):
             image, anomaly = decode(run.vae, latents)
         fault = faults.of_pictures(image, anomaly)
     if fault is None:
@@ -247,6 +245,13 @@ def _finished(
         raise PairError(seed, fault)
     else:
         request.on_fault(Fault(seed, fault, {**request.recipe, "seed": seed}))
+
+
+@contextmanager
+def _networks(run: Run) -> Iterator[None]:
+    """Held while networks run, under the run's numerics."""
+    with run.busy.held(), numerics(run.device, run.facts.tf32):
+        yield
 
 
 def _text(run: Run, request: Request) -> list[Tensor]:
@@ -394,8 +399,10 @@ def _latent_size(sampling: ChosenSampling, step: int) -> tuple[int, int]:
     return sampling.height // step, sampling.width // step
 
 
-def tensor_of(name: str, value: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    """An override as fp32 on the CPU; letters in `shape` stand for any size."""
+def tensor_of(name: str, value: Tensor | None, shape: tuple[int | str, ...]) -> Tensor | None:
+    """An override, if there is one, as fp32 on the CPU; letters in `shape` stand for any size."""
+    if value is None:
+        return None
     fits = (
         isinstance(value, Tensor)
         and value.is_floating_point()

@@ -164,7 +164,8 @@ def test_not_finite_values_show() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: native.attention(x, x, x.double(), 2), "one for all"),
+        (lambda x: native.attention(x, x, x.double(), 2), "of one dtype; got torch"),
+        (lambda x: native.attention(*[x.half()] * 3, 2), "fp32 or bf16 on the CPU"),
         (lambda x: native.attention(x, x, x, 5), "C of 5 heads"),
         (lambda x: native.attention(x, x, x[..., :8], 2), "keys and values"),
         (lambda x: native.attention(x, x[:, :0], x[:, :0], 2), "at least one key"),

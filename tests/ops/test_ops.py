@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,6 +60,25 @@ def test_branch_linear(
     eager = torch.stack([F.linear(x[f], w[f], b) for f in range(branches)])
     assert_within_budget("branch_linear", ops.branch_linear(x, w, b), eager, exact)
     assert_within_budget("strided", ops.branch_linear(strided(x), w, b), eager, exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_plain_branch_linear_writes_where_it_belongs(dtype: torch.dtype, bias: bool) -> None:
+    """No more is copied than by two products, and the result is theirs, bit for bit."""
+
+    def copies(run: Callable[[], object]) -> int:
+        with torch.profiler.profile() as profile:
+            run()
+        return sum(e.count for e in profile.key_averages() if e.key == "aten::copy_")
+
+    x = draw(2, 3, 21, 48, dtype=dtype)
+    w = draw(2, 24, 48, dtype=dtype, seed=1)
+    b = draw(24, dtype=dtype, seed=2) if bias else None
+    apart = [x[f].flatten(0, 1) for f in range(2)]
+    plain = copies(lambda: [F.linear(rows, w[f], b) for f, rows in enumerate(apart)])
+    assert copies(lambda: reference.branch_linear(x, w, b)) == plain
+    out = reference.branch_linear(x, w, b)
+    assert torch.equal(out, torch.stack([F.linear(x[f], w[f], b) for f in range(2)]))
 
 
 def test_branch_linear_joins_the_background(ops: Ops, dtype: torch.dtype) -> None:
