@@ -17,6 +17,12 @@ import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
+from dualdiff_engine.ops import proof
+
+# seconds for the small problem that proves an op: interpreted it takes long on a busy machine, and
+# a thread that is left behind disturbs the next kernel
+proof.LIMIT_S["cpu"] = 300.0
+
 _Handle, _Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
 _dot, _binary = _Builder.create_dot, _Builder.binary_op
 _convert, _patch_tensor = interpreter._convert_float, interpreter._patch_lang_tensor

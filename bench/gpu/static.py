@@ -24,6 +24,7 @@ from typing import Any
 
 from dualdiff_engine.bench.gpu import aot
 from dualdiff_engine.ops.triton import OPS
+from dualdiff_engine.ops.triton.attention import split
 from dualdiff_engine.ops.triton.listing import Compilation
 
 STATIC = aot.BUDGET.with_name("static.json")
@@ -182,8 +183,8 @@ def bound(code: Code, constants: Mapping[str, Any]) -> Bound:
 
 def useful(constants: Mapping[str, Any]) -> float:
     """The share of a tile's columns that are not padding; edges of a problem are not counted."""
-    if {"FIRST", "SECOND", "DIM"} <= constants.keys():
-        return constants["DIM"] / (constants["FIRST"] + constants["SECOND"])
+    if "DIM" in constants:
+        return constants["DIM"] / sum(split(constants["DIM"]))
     if {"BLOCK_C", "BLOCK_G", "WIDTH"} <= constants.keys():
         return min(1.0, constants["BLOCK_G"] * constants["WIDTH"] / constants["BLOCK_C"])
     return 1.0

@@ -43,7 +43,7 @@ def test_cycles_of_a_loop_by_hand() -> None:
 
 def test_padding_of_a_head_is_not_useful() -> None:
     code = static.parse(LOOP)
-    padded = static.bound(code, {"FIRST": 32, "SECOND": 16, "DIM": 40})
+    padded = static.bound(code, {"DIM": 40})
     assert padded.rate == pytest.approx(static.bound(code, {}).rate * 40 / 48, abs=0.1)
 
 

@@ -23,7 +23,7 @@ def hide(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_every_part_runs_to_its_end_without_diffusers(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
