@@ -14,7 +14,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, UnidentifiedImageError
 
 from dualdiff_engine.errors import SettingsError
 
@@ -42,6 +42,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# 16 bits -> 8, rounded; what is not quite black stays so, since it could be a label of a mask
+_EIGHT_OF_SIXTEEN = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+_EIGHT_OF_SIXTEEN[1:129] = 1
 
 # difference of channels that makes a mask coloured
 _COLOUR = 64
@@ -143,7 +147,7 @@ def _decoded(image: Image.Image, label: str) -> Image.Image:
     # Pillow drops the low bytes of 16-bit colours; only the layout of the file tells
     layout = str([tile.args for tile in getattr(image, "tile", ())])
     cut = ";16" in layout and image.format in ("PNG", "TIFF") and image.mode not in _DEEP
-    image.load()
+    _load(image)
     # Pillow has turned TIFF by now, and dropped the tag
     tag = image.getexif().get(_ORIENTATION)
     flat = _flat_mode(image, label)
@@ -151,6 +155,19 @@ def _decoded(image: Image.Image, label: str) -> Image.Image:
         # at least 1: all high bytes can be 0 though the picture is not black
         _require_top_bit(max(1, int(np.asarray(flat.convert("RGB")).max())), 255, label)
     return flat.transpose(_TURNS[tag]) if isinstance(tag, int) and tag in _TURNS else flat
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels."""
+    if not isinstance(image, ImageFile.ImageFile):
+        image.load()
+        return
+    # without a name Pillow maps nothing: mapping a TIFF that has to be turned mixes up its rows
+    name, image.filename = image.filename, ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
 
 
 def _flat_mode(image: Image.Image, label: str) -> Image.Image:
@@ -197,9 +214,7 @@ def _bytes(array: NDArray[Any], label: str) -> Bytes:
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         colours = array[..., :3] if array.ndim == 3 else array
         _require_top_bit(int(colours.max()), 65535, label)
-        scaled = (array.astype(np.uint32) + 128) // 257
-        # not quite black must not become black: it could be a label of a mask
-        return np.maximum(scaled, array > 0).astype(np.uint8)
+        return _EIGHT_OF_SIXTEEN[array]
     if array.dtype.kind != "f":
         raise SettingsError(
             f"{label} holds {array.dtype}, whose white is not known: "
@@ -212,7 +227,7 @@ def _bytes(array: NDArray[Any], label: str) -> Bytes:
         raise SettingsError(
             f"{label} holds floats from {low:g} to {high:g}: scale them to 0 … 1, or use uint8"
         )
-    return np.floor(array.astype(np.float64) * 255 + 0.5).astype(np.uint8)
+    return np.floor(array.astype(np.float32) * 255 + 0.5).astype(np.uint8)
 
 
 def _require_top_bit(peak: int, white: int, label: str) -> None:
@@ -243,28 +258,27 @@ def _levels(image: Image.Image, label: str) -> Bytes:
     """Grey of a mask, uint8 [H, W]; in colours, the brightest channel."""
     if image.mode == "L":
         return np.asarray(image)
-    pixels = np.asarray(image)
-    if image.mode == "RGBA":
-        alpha, colours = pixels[..., 3], pixels[..., :3]
-        if (alpha < 255).any():
-            drawn = colours.max(axis=2)[alpha > 127]
-            if not drawn.any() or ((drawn > 0) & (drawn < 128)).any():
-                raise SettingsError(
-                    f"{label} holds marks in its alpha channel that are not white: "
-                    "save it without one, white on black"
-                )
-        pixels = ((colours.astype(np.uint16) * alpha[..., None] + 127) // 255).astype(np.uint8)
-    if (np.ptp(pixels, axis=2) <= _COLOUR).all():
-        return np.asarray(Image.fromarray(pixels).convert("L"))
-    brightest: Bytes = pixels.max(axis=2)
+    red, green, blue, *alpha = cv2.split(np.asarray(image))
+    brightest = cv2.max(cv2.max(red, green), blue)
+    if alpha and (alpha[0] < 255).any():
+        drawn = brightest[alpha[0] > 127]
+        if not drawn.any() or ((drawn > 0) & (drawn < 128)).any():
+            raise SettingsError(
+                f"{label} holds marks in its alpha channel that are not white: "
+                "save it without one, white on black"
+            )
+        return np.asarray(cv2.multiply(brightest, alpha[0], scale=1 / 255), np.uint8)
+    darkest = cv2.min(cv2.min(red, green), blue)
+    if (cv2.subtract(brightest, darkest) <= _COLOUR).all():
+        return np.asarray(image.convert("L"))
     if (brightest > _NOISE).all():
         raise SettingsError(f"{label} is coloured and has no black: draw the defect on black")
-    return brightest
+    return np.asarray(brightest, np.uint8)
 
 
 def _unclear(levels: Bytes) -> str | None:
     """Which part of a mask would be lost, if any. Soft edges of white parts are none."""
-    present = np.bincount(levels.ravel(), minlength=256) > 0
+    present = cv2.calcHist([levels], [0], None, [256], [0, 256]).ravel() > 0
     if not present[1:255].any():
         return None
     if not present[128:].any():
