@@ -88,7 +88,7 @@ def find_examples(data: str | Path, options: TrainingOptions) -> list[Example]:
         except DataError as error:
             faults.append(str(error))
             continue
-        faults += _faults(example)
+        faults += _faults(example.picture, example.mask, example.object_mask)
         examples.append(example)
     _refuse(root, faults)
     return examples
@@ -107,17 +107,17 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and is_visible(path) and not path.is_dir()
+        if path.suffix.lower() in SUFFIXES and _is_visible(path) and not path.is_dir()
     )
 
 
 def defects_in(root: Path) -> list[str]:
     """Names of the folders of `root`/test but `good`, in order, without hidden ones."""
-    folders = [path for path in (root / "test").glob("*") if path.is_dir() and is_visible(path)]
+    folders = [path for path in (root / "test").glob("*") if path.is_dir() and _is_visible(path)]
     return sorted(path.name for path in folders if path.name != "good")
 
 
-def is_visible(path: Path) -> bool:
+def _is_visible(path: Path) -> bool:
     return not path.name.startswith(".") and path.name not in _LITTER
 
 
@@ -138,13 +138,13 @@ def named(stem: str, folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def missing(path: Path, picture: Path) -> str:
+def _missing(path: Path, picture: Path) -> str:
     """What to say of a mask that is not there; a file whose name is near is named."""
     stem = re.escape(picture.stem.lower())
     # 00 is near to 00.png, 00-mask.webp and mask_00.png, not to 001.png
     pattern = re.compile(rf"([a-z]+[^a-z0-9]+)?{stem}([^a-z0-9].*)?")
     files = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    for near in filter(is_visible, files):
+    for near in filter(_is_visible, files):
         if pattern.fullmatch(near.stem.lower()):
             return f"{path}, only {near} is there: rename it, or save it under the first name"
     return f"{path}: add it or remove the picture"
@@ -161,12 +161,14 @@ def sheet_backgrounds(
         return []
     root = Path(data)
     good = [
-        Example(picture, mask, mask)
+        (picture, mask)
         for picture in pictures_in(root / "train" / "good")
         if (mask := mask_of(picture, root / "object_mask" / "good")).is_file()
     ][: options.samples]
-    _refuse(root, [fault for example in good for fault in _faults(example)[:1]])
-    return [Background(e.picture, e.object_mask) for e in good or examples]
+    _refuse(root, [fault for picture, mask in good for fault in _faults(picture, None, mask)])
+    if good:
+        return [Background(picture, mask) for picture, mask in good]
+    return [Background(example.picture, example.object_mask) for example in examples]
 
 
 def listing(data: str | Path, examples: list[Example]) -> list[dict[str, str]]:
@@ -197,20 +199,19 @@ def _white(path: Path) -> np.ndarray:
     return np.array(open_picture(path, "mask", "L")) > 127
 
 
-def _faults(example: Example) -> list[str]:
+def _faults(picture: Path, mask: Path | None, object_mask: Path | None) -> list[str]:
     try:
-        picture = open_picture(example.picture, "picture", "RGB")
+        size = open_picture(picture, "picture", "RGB").size
     except SettingsError as error:
         return [str(error)]
     faults = []
-    masks = [(example.mask, "mask")]
-    if example.object_mask is not None:
-        masks.append((example.object_mask, "object mask"))
-    for path, kind in masks:
+    for path, kind in ((mask, "mask"), (object_mask, "object mask")):
+        if path is None:
+            continue
         if path.is_file():
-            faults += _mask_faults(path, kind, picture.size)
+            faults += _mask_faults(path, kind, size)
         else:
-            faults.append(f"{example.picture}: no {kind} {missing(path, example.picture)}")
+            faults.append(f"{picture}: no {kind} {_missing(path, picture)}")
     return faults
 
 
