@@ -6,6 +6,7 @@ two things is refused. The table of both is in `training/README.md`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ _EIGHT_OF_SIXTEEN = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 _EIGHT_OF_SIXTEEN[1:129] = 1
 
 # difference of channels that makes a mask coloured
-_COLOUR = 64
+_COLOUR = 32
 # levels of a mask that was drawn as labels
 _FEW = 32
 # of other masks: JPEG leaves noise of this level and parts of so many pixels
@@ -74,7 +75,7 @@ def open_picture(picture: Any, name: str, mode: Literal["RGB", "L"] = "RGB") -> 
     transparent pixels (RGB) or grey parts (L) could mean two things.
     """
     if isinstance(picture, str | Path):
-        label = f"{picture}: {name}"
+        label = f"{picture}: the {name}"
         image = _from_file(Path(picture), label)
     elif isinstance(picture, Image.Image):
         label = name
@@ -96,9 +97,9 @@ def object_mask_fault(mask: Image.Image) -> str | None:
     """
     white = np.asarray(mask) > 127
     if not white.any():
-        return "without white: draw the object in white"
+        return "has no white pixel: draw the object in white"
     if white.all():
-        return "is all white, so that no background is left: correct it"
+        return "is all white, so no background is left: correct it"
     if white[[0, -1]].all() and white[:, [0, -1]].all():
         return "is white along its whole border: invert it, the object has to be white"
     return None
@@ -282,7 +283,7 @@ def _unclear(levels: Bytes) -> str | None:
     if not present[1:255].any():
         return None
     if not present[128:].any():
-        return f"without white (its brightest is {levels.max()}: save white as 255)"
+        return f"has no white pixel (brightest value {levels.max()}: save white as 255)"
     # where levels are few and white is exact, each is meant; else JPEG or blur left noise
     exact = present.sum() <= _FEW and not present[224:255].any()
     floor, smallest = (0, 1) if exact else (_NOISE, _SPECK)
@@ -292,8 +293,8 @@ def _unclear(levels: Bytes) -> str | None:
     if lost.any():
         part = levels[parts == int(lost.argmax())]
         return (
-            f"has a part of {part.size} pixels without white (its brightest is {part.max()}): "
-            "save all that counts as 255, and the rest as 0"
+            f"has a part of {part.size} pixels without white (brightest value {part.max()}): "
+            "save every defect as 255, and the rest as 0"
         )
     kernel = np.ones((3, 3) if exact else (5, 5), np.uint8)
     even = (cv2.erode(levels, kernel) == cv2.dilate(levels, kernel)) & (levels > floor)
@@ -301,9 +302,36 @@ def _unclear(levels: Bytes) -> str | None:
     if even.any():
         return (
             f"has an area of grey {levels[even][0]} next to white: "
-            "save all that counts as 255, and the rest as 0"
+            "save every defect as 255, and the rest as 0"
         )
     return None
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+# of a chunk: more is not read, whatever its length field says
+_MOST_CHUNK = 1 << 28
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG is there, ends where it says, and every chunk has its checksum.
+
+    Source: https://www.w3.org/TR/png-3/, chunk layout.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_PNG)) != _PNG:
+                return False
+            while len(head := file.read(8)) == 8:
+                length, kind = int.from_bytes(head[:4], "big"), head[4:]
+                body = file.read(min(length, _MOST_CHUNK))
+                checksum = int.from_bytes(file.read(4), "big")
+                if len(body) != length or zlib.crc32(kind + body) != checksum:
+                    return False
+                if kind == b"IEND":
+                    return True
+    except OSError:
+        return False
+    return False
 
 
 def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:

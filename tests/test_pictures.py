@@ -185,7 +185,7 @@ def test_photos_and_masks_turn_by_their_own_tags(
 REFUSED: dict[str, tuple[Make, str]] = {
     "12 bits in 16": (
         lambda p: written(p / "a.png", RAMP.astype(np.uint16) * 16),
-        r"a\.png: picture of mode I;16 has 16 bits and is nowhere brighter than 2656 of 65535: str",
+        r"a\.png: the picture of mode I;16 has 16 bits and is nowhere brighter than 2656 of 65535",
     ),
     "14 bits in a 16-bit colour TIFF": (
         lambda p: written(p / "a.tif", RAMP[..., None].repeat(3, 2).astype(np.uint16) * 64),
@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "8 bits in uint16": (lambda p: COLOUR.astype(np.uint16), "nowhere brighter than 215 of 65535"),
     "signed 16-bit TIFF": (
         lambda p: written(p / "a.tif", RAMP.astype(np.int16) * 100),
-        "a.tif: picture of mode I holds int32, whose white is not known: use uint8",
+        "a.tif: the picture of mode I holds int32, whose white is not known: use uint8",
     ),
     "int32 TIFF": (lambda p: written(p / "a.tif", RAMP.astype(np.int32)), "mode I holds int32"),
     "array of int64": (lambda p: COLOUR.astype(int), "picture holds int64, whose white is not"),
@@ -219,7 +219,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "None": (lambda p: None, "must be a path, .* got builtins.NoneType"),
     "partly transparent": (
         lambda p: saved(p / "a.png", Image.fromarray(np.dstack([COLOUR, MASK]))),
-        r"a\.png: picture has transparent pixels: flatten it",
+        r"a\.png: the picture has transparent pixels: flatten it",
     ),
     "a transparent palette colour": (
         lambda p: saved(p / "a.gif", paletted([0] * 768, MASK), transparency=255),
@@ -361,19 +361,22 @@ def test_masks_are_read_as_drawn(case: str, tmp_path: Path) -> None:
 
 
 UNCLEAR: dict[str, tuple[Make, str]] = {
-    "0 and 1": (lambda p: MASK // 255, r"without white \(its brightest is 1: save white as 255\)"),
-    "labels 1, 2": (lambda p: two((1,), (2,))[..., 0], "without white .its brightest is 2"),
+    "0 and 1": (
+        lambda p: MASK // 255,
+        r"has no white pixel \(brightest value 1: save white as 255\)",
+    ),
+    "labels 1, 2": (lambda p: two((1,), (2,))[..., 0], "has no white pixel .brightest value 2"),
     "labels 1, 2 in 16 bits": (
         lambda p: written(p / "a.png", two((1,), (2,))[..., 0].astype(np.uint16)),
         "is nowhere brighter than 2 of 65535",
     ),
     "label 1 beside white in 16 bits": (
         lambda p: MASK.astype(np.uint16) * 257 + BELOW // 255,
-        "has a part of 140 pixels without white .its brightest is 1",
+        "has a part of 140 pixels without white .brightest value 1",
     ),
     "levels 85 and 255": (
         lambda p: two((85,), (255,))[..., 0],
-        r"has a part of 168 pixels without white \(its brightest is 85\): save all that counts",
+        r"has a part of 168 pixels without white \(brightest value 85\): save every defect",
     ),
     "a small label": (
         lambda p: np.where(np.arange(MASK.size).reshape(MASK.shape) == 2999, 3, MASK).astype("u1"),
@@ -385,13 +388,16 @@ UNCLEAR: dict[str, tuple[Make, str]] = {
     ),
     "dim and bright labels, blurred": (
         lambda p: cv2.GaussianBlur(two((85,), (255,))[..., 0], (0, 0), 1),
-        "without white .its brightest is 8",
+        "without white .brightest value 8",
     ),
     "dim and bright labels, JPEG": (
         lambda p: saved(p / "a.jpg", Image.fromarray(two((85,), (255,))[..., 0])),
         "pixels without white",
     ),
-    "dark red beside white": (lambda p: two((64, 0, 0), (255, 255, 255)), "without white .its bri"),
+    "dark red beside white": (
+        lambda p: two((64, 0, 0), (255, 255, 255)),
+        "without white .brightest value 64",
+    ),
     "red on blue": (lambda p: two((255, 0, 0), (255, 0, 0), (0, 0, 255)), "coloured and has no bl"),
     "red on white": (lambda p: two((255, 0, 0), (255, 0, 0), (255,) * 3), "coloured and has no bl"),
     "a colour map": (

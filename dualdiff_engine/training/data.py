@@ -1,4 +1,4 @@
-"""A folder in MVTec layout -> checked training pictures. Every fault is told before any work.
+"""Find and check training pictures in a folder in MVTec layout. All faults are listed at once.
 
     DATA/test/DEFECT/NAME.png                   the picture
     DATA/ground_truth/DEFECT/NAME_mask.png      the defect in white (half of full scale or more)
@@ -27,7 +27,7 @@ from dualdiff_engine.settings import Background
 from dualdiff_engine.training.options import TrainingOptions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-# adapters tell a defect from its surroundings by several pictures
+# with one picture, an adapter cannot learn what is defect and what is surroundings
 FEWEST = 2
 # left behind by file managers, archives and network drives, next to names that start with a dot
 _LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -74,7 +74,7 @@ def find_examples(data: str | Path, options: TrainingOptions) -> list[Example]:
     faults = []
     if len(pictures) < FEWEST:
         faults.append(
-            f"{folder}: {len(pictures)} pictures, at least {FEWEST} are needed "
+            f"{folder}: {len(pictures)} pictures found, at least {FEWEST} are needed "
             "(8 are usual): add more"
         )
     examples = []
@@ -134,20 +134,20 @@ def named(stem: str, folder: Path) -> Path | None:
     found = [path for path in pictures_in(folder) if path.stem == stem]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
-        raise DataError(f"{folder} has {names}: remove what does not count")
+        raise DataError(f"{folder} has {names}: keep one of them")
     return found[0] if found else None
 
 
-def _missing(path: Path, picture: Path) -> str:
-    """What to say of a mask that is not there; a file whose name is near is named."""
+def _remedy(path: Path, picture: Path) -> str:
+    """What to do about a missing mask; a file with a similar name may be the mask."""
     stem = re.escape(picture.stem.lower())
-    # 00 is near to 00.png, 00-mask.webp and mask_00.png, not to 001.png
+    # for 00: 00.png, 00-mask.webp and mask_00.png, not 001.png
     pattern = re.compile(rf"([a-z]+[^a-z0-9]+)?{stem}([^a-z0-9].*)?")
     files = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
     for near in filter(_is_visible, files):
         if pattern.fullmatch(near.stem.lower()):
-            return f"{path}, only {near} is there: rename it, or save it under the first name"
-    return f"{path}: add it or remove the picture"
+            return f"save {near} as {path} if it is the mask, or remove the picture"
+    return f"add {path} or remove the picture"
 
 
 def sheet_backgrounds(
@@ -187,7 +187,7 @@ def listing(data: str | Path, examples: list[Example]) -> list[dict[str, str]]:
 def _no_defect(root: Path, defect: str) -> str:
     known = defects_in(root)
     if known:
-        return f"{root}/test has no folder {defect!r}: it holds {', '.join(known[:20])}"
+        return f"{root}/test has no folder {defect!r}: choose one of {', '.join(known[:20])}"
     return f"{root} is not in MVTec layout: expected {root}/test/{defect}/*.png"
 
 
@@ -211,7 +211,7 @@ def _faults(picture: Path, mask: Path | None, object_mask: Path | None) -> list[
         if path.is_file():
             faults += _mask_faults(path, kind, size)
         else:
-            faults.append(f"{picture}: no {kind} {_missing(path, picture)}")
+            faults.append(f"{picture} has no {kind}: {_remedy(path, picture)}")
     return faults
 
 
@@ -221,10 +221,10 @@ def _mask_faults(path: Path, kind: str, size: tuple[int, int]) -> list[str]:
     except SettingsError as error:
         return [str(error)]
     if mask.size != size:
-        return [f"{path}: {kind} of {mask.size}, its picture of {size}: make them match"]
+        return [f"{path}: the {kind} has size {mask.size}, its picture {size}: make them equal"]
     if kind == "object mask":
         fault = object_mask_fault(mask)
-        return [f"{path}: {kind} {fault}"] if fault else []
+        return [f"{path}: the {kind} {fault}"] if fault else []
     if mask.getextrema() == (0, 0):
-        return [f"{path}: {kind} without white: draw it or remove the picture"]
+        return [f"{path}: the {kind} has no white pixel: draw it or remove the picture"]
     return []

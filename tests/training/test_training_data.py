@@ -69,7 +69,7 @@ def test_what_other_programs_leave_is_no_picture_and_no_defect(case: str, tmp_pa
     assert len(find_examples(root, options_of(background=True))) == 3
     assert len(find_real(root)) == len(find_pairs(root)) == 3
     assert len(find_good(root, "train")) == 2
-    with pytest.raises(DataError, match=f"no folder 'scratch': it holds {DEFECT}$"):
+    with pytest.raises(DataError, match=f"no folder 'scratch': choose one of {DEFECT}$"):
         find_examples(root, options_of().__class__("scratch"))
 
 
@@ -110,20 +110,24 @@ def test_a_near_name_is_named(near: str, tmp_path: Path) -> None:
     path = mask_of(root, 0).rename(mask_of(root, 0).with_name(near))
     with pytest.raises(DataError) as refused:
         find_examples(root, options_of())
-    assert f"no mask {mask_of(root, 0)}, only {path} is there: rename it" in str(refused.value)
+    assert f"{picture_of(root, 0)} has no mask: save {path} as {mask_of(root, 0)} if" in str(
+        refused.value
+    )
 
 
 def test_the_mask_of_another_picture_is_not_near(tmp_path: Path) -> None:
     root = write_data(tmp_path)
     renamed(picture_of(root, 0), "00.png")
-    with pytest.raises(DataError, match=r"no mask .*/00_mask\.png: add it or remove the picture"):
+    with pytest.raises(
+        DataError, match=r"00\.png has no mask: add .*/00_mask\.png or remove the picture"
+    ):
         find_examples(root, options_of())
 
 
 def test_two_masks_of_one_picture_are_refused(tmp_path: Path) -> None:
     root = write_data(tmp_path)
     save(mask_of(root, 0).with_suffix(".bmp"), WHITE)
-    with pytest.raises(DataError, match=r"has 000_mask\.bmp and 000_mask\.png: remove what does"):
+    with pytest.raises(DataError, match=r"has 000_mask\.bmp and 000_mask\.png: keep one"):
         find_examples(root, options_of())
 
 
@@ -154,11 +158,11 @@ def test_both_colours_of_a_mask_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda mask: mask // 255, r"without white \(its brightest is 1: save white as 255\)"),
-        (lambda mask: BLACK, "without white: draw the object in white"),
-        (lambda mask: WHITE, "is all white, so that no background is left"),
+        (lambda mask: mask // 255, r"has no white pixel \(brightest value 1: save white as 255\)"),
+        (lambda mask: BLACK, "has no white pixel: draw the object in white"),
+        (lambda mask: WHITE, "is all white, so no background is left"),
         (lambda mask: 255 - mask, "is white along its whole border: invert it"),
-        (lambda mask: mask // 255 * 100, "without white .its brightest is 100"),
+        (lambda mask: mask // 255 * 100, "has no white pixel .brightest value 100"),
         (lambda mask: mask[:32], r"\(64, 32\), its picture"),
         (lambda mask: np.dstack([BLACK, BLACK, BLACK, mask]), "marks in its alpha channel"),
     ],
@@ -199,5 +203,5 @@ def test_a_photo_and_its_mask_fit_after_they_are_turned(tmp_path: Path) -> None:
     assert np.array_equal(sample.flags(), mask > 0)
     # a mask drawn on the stored pixels does not fit
     save(mask_of(root, 0), np.rot90(mask))
-    with pytest.raises(DataError, match=r"mask of \(64, 128\), its picture of \(128, 64\)"):
+    with pytest.raises(DataError, match=r"mask has size \(64, 128\), its picture \(128, 64\)"):
         find_examples(root, options_of())
