@@ -64,15 +64,21 @@ SHARE = 0.45
 
 
 def open_picture(picture: Any, name: str, mode: Literal["RGB", "L"] = "RGB") -> Image.Image:
-    """A picture (mode RGB), or a mask that holds 0 and 255 alone (mode L), 8 bits per channel.
+    """Open a picture, or a mask, by the rules of `training/README.md`.
 
-    picture: path, PIL image, or array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of bool, uint8,
-    uint16 (white is 65535) or floats (white is 1). name: of the picture in errors. A picture has to
-    be opaque. In a mask transparent is black, a colour counts by its brightest channel, and white
-    is half of full scale or more. Of several frames the first is taken.
+    Args:
+        picture: path, PIL image, or array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of bool, uint8,
+            uint16 (white is 65535) or floats (white is 1). Of several frames the first is taken.
+        name: of the picture, for errors.
+        mode: RGB for a picture, which has to be opaque. L for a mask: transparent is black, a
+            colour counts by its brightest channel, and white is half of full scale or more.
 
-    Raises SettingsError: it cannot be read, has more than 64 million pixels, or its depth,
-    transparent pixels (RGB) or grey parts (L) could mean two things.
+    Returns:
+        The picture upright, with 8 bits per channel; a mask holds 0 and 255 alone.
+
+    Raises:
+        SettingsError: it cannot be read, has more than 64 million pixels, or its depth, transparent
+            pixels (RGB) or grey parts (L) could mean two things.
     """
     if isinstance(picture, str | Path):
         label = f"{picture}: the {name}"
@@ -91,9 +97,9 @@ def open_picture(picture: Any, name: str, mode: Literal["RGB", "L"] = "RGB") -> 
 
 
 def object_mask_fault(mask: Image.Image) -> str | None:
-    """Why a mask from `open_picture` cannot be that of an object, or None.
+    """Why a mask from `open_picture` cannot be an object's, or None if it can.
 
-    One rule for the background of a run and for training.
+    The rule for drawing on a background and for training with one.
     """
     white = np.asarray(mask) > 127
     if not white.any():
@@ -142,7 +148,9 @@ def _from_file(path: Path, label: str) -> Image.Image:
 
 
 def _decoded(image: Image.Image, label: str) -> Image.Image:
-    """Upright, of mode L, RGB or RGBA, or I;16 or F before their depth is scaled."""
+    """Upright, of mode L, RGB or RGBA."""
+    if image.width * image.height == 0:
+        raise SettingsError(f"{label} has no pixels: its size is {image.size}")
     if image.width * image.height > MAX_PIXELS:
         raise SettingsError(_too_large(label))
     # Pillow drops the low bytes of 16-bit colours; only the layout of the file tells

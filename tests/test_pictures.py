@@ -234,6 +234,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
         lambda p: saved(p / "a.tif", Image.fromarray(DEEP), tiffinfo={262: 0}),
         r"has white as 0 \(mode I;16\): invert it",
     ),
+    "a PIL image without rows": (lambda p: Image.new("L", (5, 0)), "picture has no pixels"),
     "a folder": (lambda p: p, "is not a file"),
     "nothing": (lambda p: p / "none.png", r"none\.png is not a file"),
     "a text": (lambda p: _text(p / "a.png"), r"a\.png is not a readable picture: save it again"),

@@ -142,7 +142,7 @@ def _remedy(path: Path, picture: Path) -> str:
     """What to do about a missing mask; a file with a similar name may be the mask."""
     stem = re.escape(picture.stem.lower())
     # for 00: 00.png, 00-mask.webp and mask_00.png, not 001.png
-    pattern = re.compile(rf"([a-z]+[^a-z0-9]+)?{stem}([^a-z0-9].*)?")
+    pattern = re.compile(rf"([a-z]+[^a-z0-9]+)?{stem}(mask|[^a-z0-9].*)?")
     files = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
     for near in filter(_is_visible, files):
         if pattern.fullmatch(near.stem.lower()):

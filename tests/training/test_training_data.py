@@ -103,7 +103,16 @@ def test_masks_have_the_suffixes_that_pictures_have(
 
 
 @pytest.mark.parametrize(
-    "near", ["000.png", "000-mask.png", "000_MASK.png", "mask_000.png", "000_mask.webp", "000.npy"]
+    "near",
+    [
+        "000.png",
+        "000-mask.png",
+        "000_MASK.png",
+        "mask_000.png",
+        "000mask.png",
+        "000_mask.webp",
+        "000.npy",
+    ],
 )
 def test_a_near_name_is_named(near: str, tmp_path: Path) -> None:
     root = write_data(tmp_path)
