@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_golden import run_pipeline
-from test_onnxruntime import PICTURES, other_adapter
 
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.export.folder.bundle import add_adapter
 from dualdiff_engine.export.folder.verify import verify_bundle
-from support import DATA, Golden
+from small import PICTURES, other_adapter
+from support import DATA, Golden, run_pipeline
 
 
 @pytest.fixture
