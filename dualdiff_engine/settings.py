@@ -169,12 +169,12 @@ def sampling_of(
 class Background:
     """The surroundings to keep, for adapters trained with background compensation.
 
-    picture: file path, PIL image, or uint8 array [H, W, 3]. object_mask: the object in white
-    (values above 127), the same kinds; its pixels are blacked out. Leave it None when the picture
-    is already cut out. noise: `fresh` draws new background noise for every denoiser call, as
-    released; `fixed` draws once per timestep, so that the background keys and values are computed
-    once and reused by every later batch. noise_seed: seeds either kind, so that a pair stays a
-    function of its recipe.
+    picture: file path, PIL image or array, as `pictures.open_picture` takes them. object_mask: the
+    object in white (half of full scale or more), the same kinds; its pixels are blacked out. Leave
+    it None when the picture is already cut out. noise: `fresh` draws new background noise for every
+    denoiser call, as released; `fixed` draws once per timestep, so that the background keys and
+    values are computed once and reused by every later batch. noise_seed: seeds either kind, so that
+    a pair stays a function of its recipe.
     """
 
     picture: Any

@@ -6,17 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dualdiff_engine.errors import DataError, SettingsError
 from dualdiff_engine.folder_writer import MANIFEST
 from dualdiff_engine.pictures import open_picture
-from dualdiff_engine.training.data import find_examples, pictures_in
+from dualdiff_engine.training.data import defects_in, find_examples, mask_of, named, pictures_in
 from dualdiff_engine.training.options import TrainingOptions
 
 Bytes = NDArray[np.uint8]
@@ -44,11 +43,21 @@ class Sample:
 
     def pixels(self) -> Bytes:
         """uint8 [H, W, 3]."""
-        return _decoded(self.image, "image", "RGB")
+        return _opened(self.image, "image", "RGB")
 
     def flags(self) -> Flags:
         """bool [H, W], true on the defect."""
-        return _decoded(self.mask, "mask", "L") > 127
+        return _opened(self.mask, "mask", "L") > 127
+
+    def anomaly_pixels(self) -> Bytes | None:
+        """uint8 [H, W, 3], if there is an anomaly picture."""
+        return None if self.anomaly is None else _opened(self.anomaly, "anomaly picture", "RGB")
+
+    def object_flags(self) -> Flags | None:
+        """bool [H, W], true on the part, if it is known."""
+        if self.object_mask is None:
+            return None
+        return _opened(self.object_mask, "object mask", "L") > 127
 
 
 def find_pairs(
@@ -112,11 +121,10 @@ def find_real(root: str | Path, defect: str | None = None) -> list[Sample]:
         SettingsError: `defect` is not the name of a folder.
     """
     root = Path(root)
-    names = [defect] if defect else sorted(p.name for p in (root / "test").glob("*") if p.is_dir())
     samples = []
-    for name in (n for n in names if n != "good"):
+    for name in [defect] if defect else defects_in(root):
         for example in find_examples(root, TrainingOptions(defect=name)):
-            whole = root / "object_mask" / name / f"{example.picture.stem}_mask.png"
+            whole = mask_of(example.picture, root / "object_mask" / name)
             known = whole if whole.is_file() else None
             samples.append(Sample(example.picture, example.mask, None, known, name))
     if not samples:
@@ -152,7 +160,7 @@ def load_reduced(samples: Sequence[Sample], size: int) -> tuple[Bytes, Flags]:
 
 def load_pictures(paths: Sequence[Path], size: int) -> Bytes:
     """uint8 [N, size, size, 3]."""
-    return np.stack([reduced(_decoded(path, "picture", "RGB"), size) for path in paths])
+    return np.stack([reduced(_opened(path, "picture", "RGB"), size) for path in paths])
 
 
 def reduced(picture: Bytes, size: int) -> Bytes:
@@ -170,28 +178,38 @@ def reduced_mask(mask: Flags, size: int) -> Flags:
 
 def _of_run(root: Path) -> list[Sample]:
     if (root / MANIFEST).is_file():
-        rows = list(_rows(root / MANIFEST))
+        rows = [(root / "image" / name, defect) for name, defect in _rows(root / MANIFEST)]
+        partner = _of_the_same_name
     else:
-        rows = [(path.name, "all") for path in pictures_in(root / "image")]
-        _refuse_others(root, {name for name, _ in rows})
+        rows = [(path, "all") for path in pictures_in(root / "image")]
+        partner = _with_any_suffix
+        _refuse_others(root, {path.stem for path, _ in rows})
     extra = {kind: (root / kind).is_dir() for kind in ("anomaly", "object_mask")}
     return [
         Sample(
-            root / "image" / name,
-            root / "mask" / name,
-            root / "anomaly" / name if extra["anomaly"] else None,
-            root / "object_mask" / name if extra["object_mask"] else None,
+            image,
+            partner(image, root / "mask"),
+            partner(image, root / "anomaly") if extra["anomaly"] else None,
+            partner(image, root / "object_mask") if extra["object_mask"] else None,
             defect,
         )
-        for name, defect in rows
+        for image, defect in rows
     ]
 
 
-def _refuse_others(root: Path, names: set[str]) -> None:
+def _of_the_same_name(image: Path, folder: Path) -> Path:
+    return folder / image.name
+
+
+def _with_any_suffix(image: Path, folder: Path) -> Path:
+    return named(image.stem, folder) or folder / image.name
+
+
+def _refuse_others(root: Path, stems: set[str]) -> None:
     """Without a manifest, a mask without an image is a mistake; the reverse is found later."""
     for kind in ("mask", "anomaly"):
         for path in pictures_in(root / kind):
-            if path.name not in names:
+            if path.stem not in stems:
                 raise DataError(
                     f"{path}: {root / 'image'} has no image of this name: add it or remove "
                     "this file"
@@ -228,34 +246,37 @@ def _defect(adapter: Any) -> str:
 
 
 def _faults(sample: Sample) -> list[str]:
+    """What of a sample cannot be used. Decodes all files: a header does not show damage."""
+    if not sample.image.is_file():
+        return [f"{sample.image} is missing"]
     try:
-        size = _size(sample.image)
-    except (OSError, SyntaxError, ValueError):
-        state = "is not a readable picture" if sample.image.is_file() else "is missing"
-        return [f"{sample.image} {state}"]
+        height, width, _ = sample.pixels().shape
+    except DataError as error:
+        return [str(error)]
     faults = []
-    for path in (sample.mask, sample.anomaly, sample.object_mask):
+    for path, read in (
+        (sample.mask, sample.flags),
+        (sample.anomaly, sample.anomaly_pixels),
+        (sample.object_mask, sample.object_flags),
+    ):
         if path is None:
             continue
-        try:
-            other = _size(path)
-        except (OSError, SyntaxError, ValueError):
-            state = "is not a readable picture" if path.is_file() else "is missing"
-            faults.append(f"{path} {state}; it belongs to {sample.image}")
+        if not path.is_file():
+            faults.append(f"{path} is missing; it belongs to {sample.image}")
             continue
-        if other != size:
-            faults.append(f"{path} has size {other}, its image {size}: make them equal")
+        try:
+            other = read()
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        if other is not None and other.shape[:2] != (height, width):
+            size = other.shape[1], other.shape[0]
+            faults.append(f"{path} has size {size}, its image {(width, height)}: make them equal")
     return faults
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height, from the header alone."""
-    with Image.open(path) as picture:
-        return picture.size
-
-
-def _decoded(path: Path, kind: str, mode: str) -> Bytes:
+def _opened(path: Path, kind: str, mode: Literal["RGB", "L"]) -> Bytes:
     try:
         return np.asarray(open_picture(path, kind, mode))
-    except (SettingsError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: {kind} cannot be read ({error}): save it again") from error
+    except SettingsError as error:
+        raise DataError(str(error)) from error

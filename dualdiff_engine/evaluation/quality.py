@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualdiff_engine.evaluation.data import Bytes, Flags, Sample, reduced, reduced_mask
-from dualdiff_engine.pictures import open_picture
 
 DISTANCE_SIZE = 64
 # of the longer side: one latent pixel of SD-1.5 at 512, as wide as a decoder smears an edge
@@ -62,10 +61,10 @@ def agreement(samples: Sequence[Sample]) -> dict[str, Any] | None:
     inside, chance, leakage = [], [], []
     before: Bytes | None = None
     for sample in samples:
-        if sample.anomaly is None:
+        anomaly = sample.anomaly_pixels()
+        if sample.anomaly is None or anomaly is None:
             return None
         image, mask = sample.pixels(), sample.flags()
-        anomaly = np.asarray(open_picture(sample.anomaly, "anomaly", "RGB"))
         outside = ~_grown(mask)
         if outside.any():
             share = float(anomaly.max(axis=2)[outside].mean()) / 255
@@ -98,8 +97,8 @@ def masks(samples: Sequence[Sample]) -> dict[str, Any]:
             continue
         areas.append(float(mask.mean()))
         parts.append(cv2.connectedComponents(mask.astype(np.uint8))[0] - 1)
-        if sample.object_mask is not None:
-            whole = np.asarray(open_picture(sample.object_mask, "object mask", "L")) > 127
+        whole = sample.object_flags()
+        if whole is not None:
             outside.append(float((mask & ~whole).sum() / mask.sum()))
     names = {"smallest": 0, "p05": 5, "median": 50, "p95": 95, "largest": 100}
     area = {n: float(np.percentile(areas, q)) for n, q in names.items()} if areas else {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualdiff_engine.device import spare_bytes
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.pictures import open_picture
+from dualdiff_engine.pictures import object_mask_fault, open_picture
 from dualdiff_engine.settings import Background, Prompts
 
 Shares = Sequence[Tensor]
@@ -28,7 +28,8 @@ Pass = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 def opened(background: Background) -> Background:
     """The same with its pictures read, so that nothing is opened twice.
 
-    Raises SettingsError for a picture that cannot be read, or a mask of another size.
+    Raises SettingsError for a picture that cannot be read, or a mask that has another size or
+    cannot be an object's.
     """
     picture = open_picture(background.picture, "background picture", "RGB")
     mask = None
@@ -39,6 +40,8 @@ def opened(background: Background) -> Background:
                 f"background object_mask is {mask.size}, its picture {picture.size}: "
                 "they must match"
             )
+        if fault := object_mask_fault(mask):
+            raise SettingsError(f"background object_mask {fault}")
     return replace(background, picture=picture, object_mask=mask)
 
 

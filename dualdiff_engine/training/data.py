@@ -1,16 +1,18 @@
 """Find and check training pictures in a folder in MVTec layout. All faults are listed at once.
 
     DATA/test/DEFECT/NAME.png                   the picture
-    DATA/ground_truth/DEFECT/NAME_mask.png      the defect in white (values above 127)
+    DATA/ground_truth/DEFECT/NAME_mask.png      the defect in white (half of full scale or more)
     DATA/object_mask/DEFECT/NAME_mask.png       the object in white, to train with background
     DATA/train/good/NAME.png                    for sample sheets with background, together with
     DATA/object_mask/good/NAME_mask.png         their objects in white
 
-MVTec AD has no object masks: the third and fifth are this project's extension of its layout.
+MVTec AD has no object masks: the third and fifth are this project's extension of its layout. Every
+file may have any of `SUFFIXES`, in upper or lower case. What file managers leave behind is skipped.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from PIL import Image
 
 from dualdiff_engine.errors import DataError, SettingsError
 from dualdiff_engine.files import sha256_of
-from dualdiff_engine.pictures import open_picture
+from dualdiff_engine.pictures import object_mask_fault, open_picture
 from dualdiff_engine.pipeline.background import cut_out
 from dualdiff_engine.settings import Background
 from dualdiff_engine.training.options import TrainingOptions
@@ -27,6 +29,8 @@ from dualdiff_engine.training.options import TrainingOptions
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 # with one picture, an adapter cannot learn what is defect and what is surroundings
 FEWEST = 2
+# left behind by file managers, archives and network drives, next to names that start with a dot
+_LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _MOST_TOLD = 50
 
 
@@ -75,13 +79,16 @@ def find_examples(data: str | Path, options: TrainingOptions) -> list[Example]:
         )
     examples = []
     for picture in pictures:
-        name = f"{picture.stem}_mask.png"
-        example = Example(
-            picture,
-            root / "ground_truth" / defect / name,
-            root / "object_mask" / defect / name if options.background else None,
-        )
-        faults += _faults(example)
+        try:
+            example = Example(
+                picture,
+                mask_of(picture, root / "ground_truth" / defect),
+                mask_of(picture, root / "object_mask" / defect) if options.background else None,
+            )
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        faults += _faults(example.picture, example.mask, example.object_mask)
         examples.append(example)
     _refuse(root, faults)
     return examples
@@ -94,9 +101,53 @@ def _refuse(root: Path, faults: list[str]) -> None:
 
 
 def pictures_in(folder: Path) -> list[Path]:
+    """Files with the suffix of a picture, by name, without hidden ones."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and _is_visible(path) and not path.is_dir()
+    )
+
+
+def defects_in(root: Path) -> list[str]:
+    """Names of the folders of `root`/test but `good`, in order, without hidden ones."""
+    folders = [path for path in (root / "test").glob("*") if path.is_dir() and _is_visible(path)]
+    return sorted(path.name for path in folders if path.name != "good")
+
+
+def _is_visible(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name not in _LITTER
+
+
+def mask_of(picture: Path, folder: Path) -> Path:
+    """Where the mask of a picture is: NAME_mask with any suffix; NAME_mask.png if there is none.
+
+    Raises DataError for two of them.
+    """
+    return named(f"{picture.stem}_mask", folder) or folder / f"{picture.stem}_mask.png"
+
+
+def named(stem: str, folder: Path) -> Path | None:
+    """The picture of this name with any suffix, or None. Raises DataError for two of them."""
+    found = [path for path in pictures_in(folder) if path.stem == stem]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise DataError(f"{folder} has {names}: keep one of them")
+    return found[0] if found else None
+
+
+def _remedy(path: Path, picture: Path) -> str:
+    """What to do about a missing mask; a file with a similar name may be the mask."""
+    stem = re.escape(picture.stem.lower())
+    # for 00: 00.png, 00-mask.webp and mask_00.png, not 001.png
+    pattern = re.compile(rf"([a-z]+[^a-z0-9]+)?{stem}(mask|[^a-z0-9].*)?")
+    files = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    for near in filter(_is_visible, files):
+        if pattern.fullmatch(near.stem.lower()):
+            return f"save {near} as {path} if it is the mask, or remove the picture"
+    return f"add {path} or remove the picture"
 
 
 def sheet_backgrounds(
@@ -110,12 +161,14 @@ def sheet_backgrounds(
         return []
     root = Path(data)
     good = [
-        Example(picture, mask, mask)
+        (picture, mask)
         for picture in pictures_in(root / "train" / "good")
-        if (mask := root / "object_mask" / "good" / f"{picture.stem}_mask.png").is_file()
+        if (mask := mask_of(picture, root / "object_mask" / "good")).is_file()
     ][: options.samples]
-    _refuse(root, [fault for example in good for fault in _faults(example)[:1]])
-    return [Background(e.picture, e.object_mask) for e in good or examples]
+    _refuse(root, [fault for picture, mask in good for fault in _faults(picture, None, mask)])
+    if good:
+        return [Background(picture, mask) for picture, mask in good]
+    return [Background(example.picture, example.object_mask) for example in examples]
 
 
 def listing(data: str | Path, examples: list[Example]) -> list[dict[str, str]]:
@@ -132,7 +185,7 @@ def listing(data: str | Path, examples: list[Example]) -> list[dict[str, str]]:
 
 
 def _no_defect(root: Path, defect: str) -> str:
-    known = sorted(p.name for p in (root / "test").glob("*") if p.is_dir() and p.name != "good")
+    known = defects_in(root)
     if known:
         return f"{root}/test has no folder {defect!r}: choose one of {', '.join(known[:20])}"
     return f"{root} is not in MVTec layout: expected {root}/test/{defect}/*.png"
@@ -146,44 +199,32 @@ def _white(path: Path) -> np.ndarray:
     return np.array(open_picture(path, "mask", "L")) > 127
 
 
-def _faults(example: Example) -> list[str]:
+def _faults(picture: Path, mask: Path | None, object_mask: Path | None) -> list[str]:
     try:
-        picture = _decoded(example.picture, "picture", "RGB")
-    except DataError as error:
+        size = open_picture(picture, "picture", "RGB").size
+    except SettingsError as error:
         return [str(error)]
     faults = []
-    masks = [(example.mask, "mask")]
-    if example.object_mask is not None:
-        masks.append((example.object_mask, "object mask"))
-    for path, kind in masks:
-        if not path.is_file():
-            faults.append(f"{example.picture} has no {kind}: add {path} or remove the picture")
+    for path, kind in ((mask, "mask"), (object_mask, "object mask")):
+        if path is None:
             continue
-        try:
-            faults += _mask_faults(path, kind, picture.size)
-        except DataError as error:
-            faults.append(str(error))
+        if path.is_file():
+            faults += _mask_faults(path, kind, size)
+        else:
+            faults.append(f"{picture} has no {kind}: {_remedy(path, picture)}")
     return faults
 
 
 def _mask_faults(path: Path, kind: str, size: tuple[int, int]) -> list[str]:
-    mask = _decoded(path, kind, "L")
+    try:
+        mask = open_picture(path, kind, "L")
+    except SettingsError as error:
+        return [str(error)]
     if mask.size != size:
         return [f"{path}: the {kind} has size {mask.size}, its picture {size}: make them equal"]
-    levels = np.array(mask)
-    if not (levels > 127).any():
-        hint = f" (brightest value {levels.max()}: save white as 255)" if levels.any() else ""
-        return [f"{path}: the {kind} has no white pixel{hint}: draw it or remove the picture"]
-    if kind == "object mask" and (levels > 127).all():
-        return [f"{path}: the {kind} is all white, so no background is left: correct it"]
+    if kind == "object mask":
+        fault = object_mask_fault(mask)
+        return [f"{path}: the {kind} {fault}"] if fault else []
+    if mask.getextrema() == (0, 0):
+        return [f"{path}: the {kind} has no white pixel: draw it or remove the picture"]
     return []
-
-
-def _decoded(path: Path, kind: str, mode: str) -> Image.Image:
-    try:
-        return open_picture(path, kind, mode)
-    except SettingsError as error:
-        raise DataError(f"{error}: save it again") from error
-    # Pillow reports damaged chunks of a PNG this way
-    except (SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: the {kind} is damaged ({error}): save it again") from error

@@ -155,9 +155,12 @@ def test_wrong_settings(make: Any, message: str) -> None:
     ("background", "message"),
     [
         (Background(PICTURE, MASK[:32]), r"object_mask is \(64, 32\), its picture \(64, 64\)"),
-        (Background(PICTURE.astype(np.float32)), r"picture array must be uint8 .* got float32"),
-        (Background(PICTURE, 5), "object_mask must be a path, a PIL image or a uint8 array"),
-        (Background(__file__), "test_background.py' is not a readable picture"),
+        (Background(PICTURE.astype(np.float32)), r"picture holds floats from 1 to 254: scale them"),
+        (Background(PICTURE, 5), "object_mask must be a path, a PIL image or a NumPy array"),
+        (Background(__file__), r"test_background\.py is not a readable picture"),
+        (Background(PICTURE, MASK * 0), "object_mask has no white pixel: draw the object in white"),
+        (Background(PICTURE, MASK * 0 + 255), "object_mask is all white"),
+        (Background(PICTURE, 255 - MASK), "object_mask is white along its whole border"),
     ],
 )
 def test_wrong_pictures(bcm: Engine, background: Background, message: str) -> None:

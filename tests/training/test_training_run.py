@@ -129,7 +129,7 @@ def test_backgrounds_of_sheets_are_checked_too(data: Path, tmp_path: Path) -> No
     assert len(sheet_backgrounds(tmp_path, examples, options)) == 3
     root = write_data(tmp_path)
     save(mask_of(root, 0, OBJECT, "good"), WHITE[:32])
-    with pytest.raises(DataError, match=r"good/000_mask\.png: the mask has size \(64, 32\)"):
+    with pytest.raises(DataError, match=r"good/000_mask\.png: the object mask has size \(64, 32\)"):
         sheet_backgrounds(root, examples, options)
 
 
