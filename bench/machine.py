@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dualdiff_engine.ops import choice, native
+
 PACKAGES = (
     "dualdiff-engine", "torch", "triton", "numpy", "diffusers", "transformers", "safetensors",
     "xformers", "onnxruntime", "onnxruntime-gpu", "onnx", "tensorrt", "tensorrt-rtx-cu13",
@@ -27,6 +29,7 @@ def facts(device: torch.device | str) -> dict[str, Any]:
         "commit": commit(),
         "device": str(device),
         "device_name": cpu_name(),
+        "instructions": instructions(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -44,6 +47,22 @@ def facts(device: torch.device | str) -> dict[str, Any]:
         found["memory_bytes"] = card.total_memory
         found["versions"]["cuda"] = torch.version.cuda
     return found
+
+
+# what makes a CPU's libraries use fewer instructions than it has
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", native.ISA)
+
+
+def instructions() -> str:
+    """The CPU's vector instructions that PyTorch uses, and whether by a limit.
+
+    As "AVX512 with bf16", or "AVX2 (ONEDNN_MAX_CPU_ISA=AVX2)".
+    """
+    widest = torch.backends.cpu.get_cpu_capability()
+    if choice.serves("onednn", "linear", torch.device("cpu"), torch.bfloat16)[0]:
+        widest += " with bf16"
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
+    return f"{widest} ({', '.join(limits)})" if limits else widest
 
 
 def cpu_name() -> str:

@@ -61,8 +61,10 @@ def headline(record: Record) -> str:
     return (
         f"{case['model']}, {case['batch']} pair(s), {height}x{width} px, "
         f"{background}, guidance {case['guidance']:g}, schedule of {case['steps']} calls; "
-        f"{record['device_name']}, {record['cores']} cores, torch {record['versions']['torch']}, "
-        f"commit {record['commit']}; matrix products: {rates} GFLOP/s"
+        f"{record['device_name']}, {record['cores']} cores, "
+        # older records do not say
+        f"{record['instructions'] + ', ' if record.get('instructions') else ''}"
+        f"torch {record['versions']['torch']}, commit {record['commit']}; matrix products: {rates} GFLOP/s"
     )
 
 
