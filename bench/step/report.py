@@ -57,13 +57,13 @@ def headline(record: Record) -> str:
     background = "with background" if case["background"] else "plain"
     # older records are of Stable Diffusion's own VAE
     height, width = (case[side] * case.get("scale", 8) for side in ("height", "width"))
+    # older records do not say
+    instructions = f"{record['instructions']}, " if "instructions" in record else ""
     rates = ", ".join(f"{k} {v / 1e9:,.0f}" for k, v in record["product_flops_per_s"].items())
     return (
         f"{case['model']}, {case['batch']} pair(s), {height}x{width} px, "
         f"{background}, guidance {case['guidance']:g}, schedule of {case['steps']} calls; "
-        f"{record['device_name']}, {record['cores']} cores, "
-        # older records do not say
-        f"{record['instructions'] + ', ' if record.get('instructions') else ''}"
+        f"{record['device_name']}, {record['cores']} cores, {instructions}"
         f"torch {record['versions']['torch']}, commit {record['commit']}; matrix products: {rates} GFLOP/s"
     )
 
