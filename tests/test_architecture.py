@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "device": {"errors"},
     "pictures": {"errors"},
     "pair": {"errors", "settings"},
-    "folder_writer": {"errors", "files", "pair"},
+    "folder_writer": {"errors", "files", "pair", "pictures"},
     "adapters": {"errors", "files", "settings"},
     "ops": {"errors", "files", "device"},
     "model": {"errors", "ops"},
@@ -62,7 +62,7 @@ LAYERS["bench"] = PACKAGE_ROOMS | {"export"}
 # the command line registers the verbs of the exports
 ARROWS_UP = {("cli.main", "export.cli")}
 # not imported: started as a process of its own
-STARTED = {("bench.gpu.parts", "bench.gpu.first_step")}
+STARTED = {("bench.gpu.step_parts", "bench.gpu.first_step")}
 
 
 def module_paths() -> dict[str, Path]:

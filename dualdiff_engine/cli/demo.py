@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dualdiff_engine.cli.interrupt import INTERRUPTED, clean_stop
+from dualdiff_engine.cli.interrupt import clean_stop
 from dualdiff_engine.demo.presets import BASE, PRESETS, find
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Sampling, require_seed
@@ -71,17 +71,17 @@ def demo(
         typer.echo(f"{len(drawn)} pairs in {out}, {seconds:.0f} s")
         typer.echo(f"look at {path}: image, anomaly, mask on the image")
     if stopped:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(stopped)
 
 
 def _draw(
     out: Path, count: int, seed: int, chosen: dict[str, Any], device: str, progress: bool
-) -> tuple[list[tuple[str, Pair]], bool]:
-    """Pairs of all presets, each on disk when the next is drawn, and whether Ctrl-C ended it."""
+) -> tuple[list[tuple[str, Pair]], int]:
+    """Pairs of all presets, each on disk when the next is drawn; the exit code of a stop, or 0."""
     from dualdiff_engine.folder_writer import FolderWriter
 
     drawn: list[tuple[str, Pair]] = []
-    with FolderWriter(out) as writer:
+    with FolderWriter(out, append=True) as writer:
         from dualdiff_engine.engine import Engine
 
         with (
@@ -95,12 +95,12 @@ def _draw(
                 engine.load_adapter(preset.adapter, name)
                 # each time with the surroundings of another part
                 options = {**preset.options(seeds[0]), **chosen, "progress": progress}
-                with closing(engine.stream(seeds, **options)) as pairs:
+                with closing(engine.stream(seeds, **options, resume=writer)) as pairs:
                     for pair in pairs:
                         writer.write(pair)
                         drawn.append((name, pair))
                 engine.unload_adapter(name)
-    return drawn, stopped.is_set()
+    return drawn, stopped.code
 
 
 def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -22,11 +22,12 @@ from dualdiff_engine.cli import demo as demos
 from dualdiff_engine.cli import evaluate as evaluation
 from dualdiff_engine.cli import tune as tuning
 from dualdiff_engine.cli.doctor import doctor, print_table
-from dualdiff_engine.cli.interrupt import INTERRUPTED, clean_stop
+from dualdiff_engine.cli.interrupt import INTERRUPTED, TERMINATED, clean_stop
 from dualdiff_engine.cli.options import (
     MOST_PAIRS,
     AdapterPath,
     AllowPickle,
+    Append,
     Backend,
     Base,
     Batch,
@@ -69,11 +70,13 @@ if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.folder_writer import FolderWriter
 
-FAILED = 2
+FAILED, SET_ASIDE = 2, 3
+_STOPPED = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
 # what the library's messages tell Python callers to do, for the command line
 _SPOKEN = {
     "allow_pickle=True": "--allow-pickle",
+    "append=True": "--append",
     "background=Background(…)": "--background PICTURE",
     "exported=FOLDER": "--exported FOLDER",
     "pass batch=": "pass --batch ",
@@ -103,7 +106,8 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_e
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (by default that of the process); returns the exit code.
 
-    0 done; 2 an error, told in one line on stderr; 130 interrupted, finished pairs are kept.
+    0: done. 2: an error, in one line on stderr. 3: done, but pairs were set aside. 130 and 143:
+    stopped by Ctrl-C or SIGTERM; finished pairs are kept.
     """
     try:
         code = app(arguments, prog_name="dualdiff", standalone_mode=False)
@@ -118,16 +122,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(" ".join(str(error).split()))
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
-    if code == INTERRUPTED:
-        typer.echo("dualdiff: interrupted", err=True)
+    if code in _STOPPED:
+        _say(f"dualdiff: {_STOPPED[code]}")
     return code or 0
 
 
 def _fail(message: str) -> int:
     for said, meant in _SPOKEN.items():
         message = message.replace(said, meant)
-    typer.echo(f"dualdiff: {message}", err=True)
+    _say(f"dualdiff: {message}")
     return FAILED
+
+
+def _say(message: str) -> None:
+    """A line on stderr; a full or closed one costs nothing but the line."""
+    with suppress(OSError):
+        typer.echo(message, err=True)
 
 
 app.command()(train)
@@ -176,6 +186,7 @@ def generate(
     exported: Exported = None,
     trust: Trust = False,
     allow_pickle: AllowPickle = False,
+    append: Append = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw pairs into a folder: image/, anomaly/, mask/ and what made them, manifest.jsonl."""
@@ -194,7 +205,7 @@ def generate(
     base, adapter, options = demos.filled(demo, base, adapter, options)
     from dualdiff_engine.folder_writer import FolderWriter
 
-    with FolderWriter(out) as writer:
+    with FolderWriter(out, append=append) as writer:
         from dualdiff_engine.engine import Engine
 
         with Engine.from_pretrained(
@@ -202,7 +213,7 @@ def generate(
             adapter=adapter,
             dtype=dtype,
             device=device,
-            backend=continued(out, backend, device, dtype) if exported is None else backend,
+            backend=continued(writer, backend, device, dtype) if exported is None else backend,
             tune=tune,
             cuda_graph=cuda_graph,
             max_batch=batch,
@@ -210,7 +221,7 @@ def generate(
             exported=exported,
             trust=trust,
         ) as engine:
-            _write_pairs(engine, engine.stream(**options), writer, quiet)
+            _write_pairs(engine, options, writer, quiet)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -268,18 +279,35 @@ def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | N
     return opened(Background(picture, **given))
 
 
-def _write_pairs(engine: Engine, pairs: Any, writer: FolderWriter, quiet: bool) -> None:
-    written = empty = 0
-    # closed, the generator ends its progress bar, which would run over an error's line
-    with closing(pairs), clean_stop(engine.interrupt) as stopped:
-        for pair in pairs:
-            writer.write(pair)
-            written += 1
-            empty += pair.empty_mask
-    if not quiet:
-        typer.echo(f"new pairs in {writer.root}: {written} (empty masks: {empty})")
+def _write_pairs(
+    engine: Engine, options: dict[str, Any], writer: FolderWriter, quiet: bool
+) -> None:
+    """Draw what the folder lacks. Raises typer.Exit unless every pair is there in the end."""
+    from dualdiff_engine.folder_writer import QUARANTINE
+
+    written = empty = full = 0
+    with clean_stop(engine.interrupt) as stopped:
+        pairs = engine.stream(**options, resume=writer, on_fault=writer.quarantine)
+        # closed, the generator ends its progress bar, which would run over an error's line
+        with closing(pairs):
+            for pair in pairs:
+                writer.write(pair)
+                written += 1
+                empty += pair.empty_mask
+                full += pair.full_mask
+    lines = [f"new pairs in {writer.root}: {written} (empty masks: {empty}, full masks: {full})"]
+    if writer.present:
+        lines.append(f"{writer.present} of {writer.present + written} pairs were already there")
+    if writer.set_aside:
+        lines.append(f"set aside as unusable: {writer.set_aside}, see {writer.root / QUARANTINE}")
+    # pairs are on the disk: a closed standard output must not look like a failure
+    with suppress(OSError):
+        for line in lines if not quiet else []:
+            typer.echo(line)
     if stopped.is_set():
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(stopped.code)
+    if writer.set_aside:
+        raise typer.Exit(SET_ASIDE)
 
 
 @app.command()

@@ -57,5 +57,8 @@ Masker = Annotated[Path | None, typer.Option(**FILE, help="ONNX model that makes
 Trust = Annotated[bool, typer.Option("--trust", help="Run TensorRT engines of others.")]
 Exported = Annotated[Path | None, typer.Option(help="Of `export onnx`, for --backend onnxruntime.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .bin that you trust.")]
+Append = Annotated[
+    bool, typer.Option("--append", help="Add to a folder that holds pairs of another recipe.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -110,9 +110,9 @@ class TransformerBlock(nn.Module):
         """hidden [N, S, C] -> [N, S, C] with all guidance rows."""
         normed = self.norm1(hidden)
         if call.record_background:
-            call.recorded.append(self.attn1.background_share(normed))
+            call.recorded.append(self.attn1.background_kv(normed))
             if self.last:
-                # nothing after the last recorded share is ever read
+                # nothing after the last recorded background is ever read
                 return hidden
         hidden = self.attn1(normed, hidden, call)
         hidden = self.attn2(self.norm2(hidden), hidden, call)

@@ -46,16 +46,16 @@ def branch_linear(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    share: Tensor | None = None,
+    background_kv: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> None:
     columns = weight.shape[-2]
-    fits = share is None and keep is None
-    if share is not None and keep is not None:
+    fits = background_kv is None and keep is None
+    if background_kv is not None and keep is not None:
         fits = (
-            share.dim() == 3
-            and input.shape[1:-1].numel() % share.shape[:2].numel() == 0
-            and 0 < share.shape[2] <= columns
+            background_kv.dim() == 3
+            and input.shape[1:-1].numel() % background_kv.shape[:2].numel() == 0
+            and 0 < background_kv.shape[2] <= columns
             and keep.shape == (1,)
         )
     require(
@@ -63,10 +63,10 @@ def branch_linear(
         and weight.shape == (input.shape[0], columns, input.shape[-1])
         and (bias is None or bias.shape == (columns,)),
         "branch_linear takes input [F, M, C], weight [F, D, C], bias [D], "
-        "and of M = R·B·S rows share [R, S, E <= D] with keep [1]",
-        input, weight, bias, share, keep,
+        "and of M = R·B·S rows background_kv [R, S, E <= D] with keep [1]",
+        input, weight, bias, background_kv, keep,
     )  # fmt: skip
-    same_dtype("branch_linear", input, weight, bias, share, keep)
+    same_dtype("branch_linear", input, weight, bias, background_kv, keep)
 
 
 def attention(

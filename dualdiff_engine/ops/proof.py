@@ -24,7 +24,7 @@ from dualdiff_engine.ops import reference
 
 # Shapes of the arguments, in the order of `reference`; what is not a tensor as it is. Widths and
 # head widths of SD-1.5, of small models, and sizes that no vector or block divides; one row; the
-# background's share; a second source of keys; strided views (see `_views`).
+# background's keys and values; a second source of keys; strided views (see `_views`).
 PROBLEMS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "linear": (
         ((3, 63, 48), (40, 48), (40,), (3, 63, 40)),

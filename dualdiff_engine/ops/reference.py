@@ -37,17 +37,17 @@ def branch_linear(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    share: Tensor | None = None,
+    background_kv: Tensor | None = None,
     keep: Tensor | None = None,
     *,
     linear: Linear | None = None,
 ) -> Tensor:
     """y_f = x_f W_fᵀ + b: one weight per branch, one bias for all.
 
-    input [F, M, C], weight [F, D, C], bias [D] -> [F, M, D], in the input's dtype. With share
-    [R, S, E] and keep [1], the last E columns of branch 0, rows [R, B, S] of it, become
-    keep · y_0 + share: the background joins keys and values. linear: computes the products; by
-    default PyTorch does, each written where it belongs.
+    input [F, M, C], weight [F, D, C], bias [D] -> [F, M, D], in the input's dtype.
+    background_kv [R, S, E] and keep [1] join the background to keys and values: the last E columns
+    of branch 0, its rows seen as [R, B, S], become keep · y_0 + background_kv. linear: computes the
+    products; by default PyTorch does, each written where it belongs.
     """
     out = input.new_empty(*input.shape[:-1], weight.shape[1])
     for x, w, y in zip(input.flatten(1, -2), weight, out.flatten(1, -2), strict=True):
@@ -57,10 +57,10 @@ def branch_linear(
             torch.mm(x, w.t(), out=y)
         else:
             torch.addmm(bias, x, w.t(), out=y)
-    if share is not None and keep is not None:
-        rows, positions, width = share.shape
+    if background_kv is not None and keep is not None:
+        rows, positions, width = background_kv.shape
         own = out[0].view(rows, -1, positions, weight.shape[1])[..., -width:]
-        own.copy_(torch.addcmul(share.unsqueeze(1), own, keep))
+        own.copy_(torch.addcmul(background_kv.unsqueeze(1), own, keep))
     return out
 
 

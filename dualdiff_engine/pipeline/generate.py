@@ -150,13 +150,10 @@ def check(
     chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
     size = _latent_size(chosen, run.pixels_per_latent)
     schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps)
-    if latents is not None:
-        latents = tensor_of("latents", latents, ("n", 2, 4, *size))
-    if background_latents is not None:
-        background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
-    if background_noise is not None:
-        shape = (schedule.calls, 2, 4, *size)
-        background_noise = tensor_of("background_noise", background_noise, shape)
+    latents = tensor_of("latents", latents, ("n", 2, 4, *size))
+    background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
+    noise_shape = (schedule.calls, 2, 4, *size)
+    background_noise = tensor_of("background_noise", background_noise, noise_shape)
     pairs = seeds_of(n, seeds, None if latents is None else len(latents))
     batch = batch_of(batch, run.max_batch, len(pairs))
     surroundings, record = None, None
@@ -402,8 +399,10 @@ def _latent_size(sampling: ChosenSampling, step: int) -> tuple[int, int]:
     return sampling.height // step, sampling.width // step
 
 
-def tensor_of(name: str, value: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    """An override as fp32 on the CPU; letters in `shape` stand for any size."""
+def tensor_of(name: str, value: Tensor | None, shape: tuple[int | str, ...]) -> Tensor | None:
+    """An override, if there is one, as fp32 on the CPU; letters in `shape` stand for any size."""
+    if value is None:
+        return None
     fits = (
         isinstance(value, Tensor)
         and value.is_floating_point()

@@ -30,7 +30,7 @@ def wrong(op: str) -> dict[str, list[Any]]:
             "weight [F, D, C]": [x, w[None], None],
             "bias [D]": [x, w.expand(2, 8, 8), line[:3]],
             "with keep [1]": [x, w.expand(2, 8, 8), None, torch.zeros(2, 3, 4), None],
-            "share [R, S, E <= D]": [x, w.expand(2, 8, 8), None, torch.zeros(2, 3, 9), line[:1]],
+            "background_kv [R, S, E <= D]": [x, w.expand(2, 8, 8), None, torch.zeros(2, 3, 9), line[:1]],
             "R·B·S rows": [x, w.expand(2, 8, 8), None, torch.zeros(2, 2, 4), line[:1]],
         },
         "attention": {

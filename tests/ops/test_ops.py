@@ -85,19 +85,19 @@ def test_branch_linear_joins_the_background(ops: Ops, dtype: torch.dtype) -> Non
     rows, batch, positions, channels, width = 2, 3, 5, 16, 12
     x = draw(2, rows * batch * positions, channels, dtype=dtype)
     w = draw(2, 18, channels, dtype=dtype, seed=1)
-    share = draw(rows, positions, width, dtype=dtype, seed=2)
+    background_kv = draw(rows, positions, width, dtype=dtype, seed=2)
     keep = torch.tensor([0.75], dtype=dtype)
 
-    def joined(y: Tensor, share: Tensor, keep: Tensor) -> Tensor:
+    def joined(y: Tensor, background_kv: Tensor, keep: Tensor) -> Tensor:
         y = y.clone()
         own = y[0].view(rows, batch, positions, 18)[..., -width:]
-        own.copy_(keep * own + share[:, None])
+        own.copy_(keep * own + background_kv[:, None])
         return y
 
-    exact = joined(x.double() @ w.double().mT, share.double(), keep.double())
-    eager = joined(x @ w.mT, share, keep)
-    actual = ops.branch_linear(x, w, None, share, keep)
-    assert_within_budget("branch_linear with share", actual, eager, exact)
+    exact = joined(x.double() @ w.double().mT, background_kv.double(), keep.double())
+    eager = joined(x @ w.mT, background_kv, keep)
+    actual = ops.branch_linear(x, w, None, background_kv, keep)
+    assert_within_budget("branch_linear with background_kv", actual, eager, exact)
 
 
 @pytest.mark.parametrize("bias", [True, False])
