@@ -52,8 +52,8 @@ struct Pair {
     static Ints join(Floats even, Floats odd) {
         const Halves32 interleave = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        return Ints(_mm512_permutexvar_epi16((__m512i)interleave,
-                                             (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+        return Ints(
+            _mm512_permutexvar_epi16((__m512i)interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
     }
 
   private:

@@ -77,8 +77,8 @@ struct Level {
     // one block of positions: its sums and sums of squares [2, channels]; then its output, for
     // scale and shift [channels]
     void (*block_moments)(const GroupNorm&, int64_t row, int64_t block, float* sums);
-    void (*scale_shift_silu)(
-        const GroupNorm&, int64_t row, int64_t block, const float* scale, const float* shift);
+    void (*scale_shift_silu)(const GroupNorm&, int64_t row, int64_t block, const float* scale,
+                             const float* shift);
 
     // one row each
     void (*normalise_difference)(const Exchange&, int64_t row);

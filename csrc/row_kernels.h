@@ -31,8 +31,8 @@ void block_moments_of(const GroupNorm& g, int64_t row, int64_t block, float* sum
 
 // out = silu(input * scale + shift) at the positions of a block; scale and shift [channels].
 template <class Element>
-void scale_shift_silu_of(
-    const GroupNorm& g, int64_t row, int64_t block, const float* scale, const float* shift) {
+void scale_shift_silu_of(const GroupNorm& g, int64_t row, int64_t block, const float* scale,
+                         const float* shift) {
     int64_t first = block * POSITION_BLOCK, last = least(first + POSITION_BLOCK, g.positions);
     for (int64_t position = first; position < last; ++position) {
         int64_t offset = (row * g.positions + position) * g.channels;
@@ -73,8 +73,8 @@ struct NormedPair {
 
     NormedPair(const Exchange& e, int64_t row) {
         for (int branch = 0; branch < 2; ++branch)
-            input[branch] = static_cast<const Element*>(e.input) + branch * e.branch_stride +
-                            row * e.channels;
+            input[branch] =
+                static_cast<const Element*>(e.input) + branch * e.branch_stride + row * e.channels;
     }
 
     template <class Lanes>
@@ -146,8 +146,8 @@ inline void block_moments(const GroupNorm& g, int64_t row, int64_t block, float*
     (g.bf16 ? block_moments_of<Bf16> : block_moments_of<float>)(g, row, block, sums);
 }
 
-inline void scale_shift_silu(
-    const GroupNorm& g, int64_t row, int64_t block, const float* scale, const float* shift) {
+inline void scale_shift_silu(const GroupNorm& g, int64_t row, int64_t block, const float* scale,
+                             const float* shift) {
     (g.bf16 ? scale_shift_silu_of<Bf16> : scale_shift_silu_of<float>)(g, row, block, scale, shift);
 }
 
@@ -155,12 +155,8 @@ inline void normalise_difference(const Exchange& e, int64_t row) {
     (e.bf16 ? normalise_difference_of<Bf16> : normalise_difference_of<float>)(e, row);
 }
 
-inline void mix(const Exchange& e, int64_t row) {
-    (e.bf16 ? mix_of<Bf16> : mix_of<float>)(e, row);
-}
+inline void mix(const Exchange& e, int64_t row) { (e.bf16 ? mix_of<Bf16> : mix_of<float>)(e, row); }
 
-inline void add(const Exchange& e, int64_t row) {
-    (e.bf16 ? add_of<Bf16> : add_of<float>)(e, row);
-}
+inline void add(const Exchange& e, int64_t row) { (e.bf16 ? add_of<Bf16> : add_of<float>)(e, row); }
 
 }  // namespace dualdiff::DUALDIFF_LEVEL

@@ -1,4 +1,4 @@
-"""The Stable Diffusion base model: found, checked, and read as late as possible.
+"""The Stable Diffusion base model: find it, check it, read its weights as late as possible.
 
 Text encoder, VAE, tokenizer and scheduler are transformers' and diffusers'. The UNet's tensors stay
 in their file until the weights module asks for one.
@@ -43,11 +43,15 @@ class TensorFile(Mapping[str, Tensor]):
             with safe_open(path, "pt") as file:
                 self._names = dict.fromkeys(file.keys())
         except (SafetensorError, OSError) as error:
-            raise BaseModelError(f"{path} is not a sound safetensors file ({error})") from error
+            raise BaseModelError(
+                f"{path} is not a valid safetensors file ({error}): download it again"
+            ) from error
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
-            raise BaseModelError(f"{self.path} lacks {name}: the base model is incomplete")
+            raise BaseModelError(
+                f"{self.path} has no tensor {name}: the base model is incomplete, download it again"
+            )
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
 
@@ -64,7 +68,17 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 class BaseModel:
-    """A diffusers Stable Diffusion folder (or hub id). Raises BaseModelError naming what lacks."""
+    """A Stable Diffusion model in diffusers format.
+
+    Args:
+        source: a folder or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        revision: branch, tag or commit on the hub.
+        local_files_only: never use the network; take what the hub's cache holds.
+
+    Raises:
+        BaseModelError: the model is missing, incomplete or not supported; the message names what
+            is missing.
+    """
 
     def __init__(
         self, source: str | Path, *, revision: str | None = None, local_files_only: bool = False
@@ -74,14 +88,15 @@ class BaseModel:
         for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             if not (self.folder / part).is_dir():
                 raise BaseModelError(
-                    f"{self.folder} has no {part}/: expected a diffusers SD folder"
+                    f"{self.folder} has no {part}/: pass a Stable Diffusion folder of diffusers"
                 )
         config = read_json(self.folder / "unet" / "config.json")
         self.unet_config = UNetConfig.from_dict(config)
         if (self.unet_config.in_channels, self.unet_config.out_channels) != (4, 4):
             raise BaseModelError(
                 f"the UNet maps {self.unet_config.in_channels} to {self.unet_config.out_channels} "
-                "channels; expected 4 to 4 (inpainting models are not supported)"
+                "channels, expected 4 to 4: pass a text-to-image model (inpainting models are not "
+                "supported)"
             )
         self.sample_size = int(config.get("sample_size", 64))
         self.unet = TensorFile(_weights_file(self.folder / "unet", _WEIGHTS))
@@ -101,7 +116,8 @@ class BaseModel:
         scheduler = getattr(diffusers, str(config.get("_class_name")), None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
             raise BaseModelError(
-                f"{self.folder}/scheduler: no scheduler {config.get('_class_name')!r}"
+                f"{self.folder}/scheduler: diffusers has no scheduler "
+                f"{config.get('_class_name')!r}; correct _class_name or download the model again"
             )
         return scheduler.from_config(config)
 
@@ -111,9 +127,7 @@ class BaseModel:
         kinds[type(self.scheduler).__name__] = type(self.scheduler)
         kind = kinds.get(name or type(self.scheduler).__name__)
         if kind is None:
-            raise SettingsError(
-                f"no scheduler {name!r}; the base model takes {', '.join(sorted(kinds))}"
-            )
+            raise SettingsError(f"no scheduler {name!r}: choose one of {', '.join(sorted(kinds))}")
         try:
             return kind.from_config(self.scheduler.config)
         except ImportError as error:
@@ -217,7 +231,7 @@ def _folder(source: str | Path, revision: str | None, local_files_only: bool) ->
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(
-            f"no folder {name!r} here, and the hub did not give it: {str(error).splitlines()[0]}"
+            f"no folder {name!r}, and it could not be downloaded: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -226,8 +240,8 @@ def _weights_file(folder: Path, stem: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise BaseModelError(
-        f"{folder} has no {stem}.safetensors; pickled base weights are not read: save the model "
-        "with safe_serialization=True"
+        f"{folder} has no {stem}.safetensors (pickled weights are not read): save the model with "
+        "safe_serialization=True"
     )
 
 
@@ -236,7 +250,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path} cannot be read: {error}") from error
+        raise BaseModelError(
+            f"{path} cannot be read ({error}): download the model again"
+        ) from error
     if not isinstance(content, dict):
-        raise BaseModelError(f"{path} is not a JSON object")
+        raise BaseModelError(f"{path} is not a JSON object: download the model again")
     return content

@@ -1,4 +1,4 @@
-"""Pairs -> numbered files, and a manifest that stays true through a crash."""
+"""Write pairs as numbered files with a manifest that stays correct after a crash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUARANTINE = "quarantine.jsonl"
 # what a pair consists of, each in a folder of its own, and the PIL mode it comes in
 KINDS = {"image": "RGB", "anomaly": "RGB", "mask": "L"}
 
-_HELD = "another run is writing there, wait for it or choose another folder"
+_HELD = "another run is writing to it, wait for it or choose another folder"
 _FULL = "free some space and run again; finished pairs are kept"
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL) | {errno.EAGAIN: _HELD}
 
@@ -53,7 +53,7 @@ class FolderWriter:
     A context manager: entering checks the folder before anything is computed, and locks it. A run
     that it holds is continued: hand the writer to `Engine.stream(resume=…)`, and only the missing
     pairs are drawn. A row has `index`, `files` (kind -> path relative to root, with slashes),
-    `seed`, `empty_mask` and `recipe`; it follows its files to the disk. Pairs that came out
+    `seed`, `empty_mask` and `recipe`; it is written after its files. Pairs that came out
     unusable are set aside in `root/quarantine.jsonl`, with the reason.
 
     Args:
@@ -141,9 +141,17 @@ class FolderWriter:
         return [seed for seed in seeds if seed not in there | gone]
 
     def write(self, pair: Pair) -> int:
-        """Commit a pair of output_type "pil", all of it or nothing; returns its index.
+        """Write a pair, whole or not at all.
 
-        Raises SettingsError for another output_type, OutputError when a file cannot be written.
+        Args:
+            pair: generated with `output_type="pil"`.
+
+        Returns:
+            Its index, from 0.
+
+        Raises:
+            SettingsError: the pair has another output type.
+            OutputError: a file cannot be written.
         """
         assert self._manifest is not None, "use FolderWriter as a context manager"
         lost = self._lost.pop(pair.seed, None)
@@ -208,14 +216,14 @@ class FolderWriter:
         self.root.mkdir(parents=True, exist_ok=True)
         for name in (*KINDS, MANIFEST, QUARANTINE):
             if (self.root / name).is_symlink():
-                raise OutputError(f"{self.root / name} is a symlink: choose another folder")
+                raise OutputError(f"{self.root / name} is a symbolic link: choose another folder")
         for kind in KINDS:
             (self.root / kind).mkdir(exist_ok=True)
             if not os.access(self.root / kind, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, f"{kind}/: {os.strerror(errno.EACCES)}")
 
     def _refuse_pictures_from(self, first: int) -> None:
-        """Numbered pictures that no run of ours can have left are somebody's: keep them."""
+        """Refuse numbered pictures that no run of ours can have written: they are somebody's."""
         for path in (path for kind in KINDS for path in (self.root / kind).iterdir()):
             if path.suffix == ".png" and path.stem.isdecimal() and int(path.stem) >= first:
                 raise OutputError(f"{path} is not listed in {MANIFEST}: choose another folder")
@@ -223,7 +231,7 @@ class FolderWriter:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """The system's errors as one line that names the path and what to do."""
+    """Turn errors of the system into one line that names the path and the remedy."""
     try:
         yield
     except OutputError:
@@ -276,7 +284,7 @@ def _row_of(line: bytes, index: int | None = None) -> Row | None:
 def _encode(pair: Pair, kind: str) -> bytes:
     picture = getattr(pair, kind)
     if not isinstance(picture, Image.Image) or picture.mode != KINDS[kind]:
-        raise SettingsError("FolderWriter takes pairs generated with output_type='pil'")
+        raise SettingsError("FolderWriter needs pairs generated with output_type='pil'")
     pixels = np.asarray(picture)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)

@@ -132,7 +132,7 @@ def test_symlinks_out_of_the_folder_are_refused(tmp_path: Path, name: str, dangl
     if not dangling:
         elsewhere.touch() if name == MANIFEST else elsewhere.mkdir()
     (root / name).symlink_to(elsewhere)
-    assert f"{root / name} is a symlink" in refusal(root)
+    assert f"{root / name} is a symbolic link" in refusal(root)
     assert elsewhere.exists() is not dangling
 
 

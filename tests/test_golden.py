@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualdiff_engine import Engine
 from dualdiff_engine.bench.step.released import ReleasedUNet
 from dualdiff_engine.ops import serves
-from support import Golden, by_branch, denoiser_call, golden_engine, relative
+from support import Golden, by_branch, denoiser_call, golden_engine, relative, run_pipeline
 
 # fp32 rounding through some sixty layers; an independent fp32 implementation reaches 8e-7
 FP32 = 2e-6
@@ -35,30 +34,6 @@ def test_prompt_embeddings(golden: Golden, engine_of: Any) -> None:
     image, anomaly = engine_of(golden.name).encode_prompts()
     assert relative(image, golden.pipeline["prompt_embeds_blend"]) <= FP32
     assert relative(anomaly, golden.pipeline["prompt_embeds_fg"]) <= FP32
-
-
-def run_pipeline(engine: Engine, golden: Golden, **options: Any) -> tuple[list[Tensor], Tensor]:
-    """(latents after every denoiser call, decoded pictures), in released row order."""
-    p = golden.pipeline
-    steps: list[Tensor] = []
-
-    def keep(engine: Engine, step: int, timestep: Tensor, inputs: dict[str, Tensor]) -> Any:
-        assert step == len(steps)
-        steps.append(inputs["latents"].flatten(0, 1).clone())
-        return inputs
-
-    if golden.background:
-        options["background_latents"] = p["background_latent"]
-        options["background_noise"] = p["background_noise_per_step"]
-    pairs = engine.generate(
-        latents=p["latents_in"].unflatten(0, (-1, 2)),
-        steps=golden.settings["steps"],
-        guidance=golden.settings["guidance_scale"],
-        output_type="pt",
-        callback_on_step_end=keep,
-        **options,
-    )
-    return steps, torch.stack([picture for pair in pairs for picture in (pair.image, pair.anomaly)])
 
 
 def test_pipeline(golden: Golden, engine_of: Any) -> None:

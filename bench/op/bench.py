@@ -1,4 +1,4 @@
-"""`dualdiff-bench ops`: every op call of a denoiser step, on every backend, beside its error.
+"""`dualdiff-bench ops`: every op call of a denoiser step, on every backend, next to its error.
 
 A speed is reported only next to a green test: the result of the very call that is timed is compared
 with fp64, and may lose what plain PyTorch loses in that dtype, or an fp32 sum one term after the

@@ -49,7 +49,7 @@ class Spec:
 
 
 class Watch(Protocol):
-    """A context around a step that is told what runs inside an op."""
+    """A context around a step that learns what runs inside an op."""
 
     def __enter__(self) -> object: ...
 
@@ -67,7 +67,7 @@ def trace(
 ) -> Counter[Spec]:
     """How often a guided step of a batch of pairs makes each call.
 
-    size: of the latents. watch: entered around the step, and told what runs inside an op.
+    size: of the latents. watch: entered around the step; learns what runs inside an op.
     """
     calls: Counter[Spec] = Counter()
 

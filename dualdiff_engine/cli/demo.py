@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHEET = "sheet.png"
 COLUMNS = 8
 
-Name = Annotated[str | None, typer.Option(help=f"Draw with the demo model: {', '.join(PRESETS)}.")]
+Name = Annotated[str | None, typer.Option(help=f"Use the demo model: {', '.join(PRESETS)}.")]
 
 
 def filled(
@@ -38,7 +38,9 @@ def filled(
             raise SettingsError("pass --base and --adapter, or --demo washer/stain")
         return base, adapter, options
     if base is not None or adapter is not None:
-        raise SettingsError("--demo brings a base and an adapter: leave out --base and --adapter")
+        raise SettingsError(
+            "--demo already selects base and adapter: leave out --base and --adapter"
+        )
     preset = find(name)
     given = {key: value for key, value in options.items() if value is not None}
     if given.get("prompts") == type(preset.prompts)():
@@ -47,16 +49,18 @@ def filled(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write; a run in it is continued.")] = Path(
-        "dualdiff-demo"
-    ),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Pairs.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the first pair, then one up each.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="By default 25.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, … or auto.")] = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder to write. An existing run in it is resumed.")
+    ] = Path("dualdiff-demo"),
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, max=10_000, help="Number of pairs.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first pair; each next pair adds one.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Scheduler steps (default: 25).")] = None,
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, … or auto.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
-    """Draw pairs with the small model that ships: files, and a sheet to look at."""
+    """Draw pairs with the small model that ships: pictures, and a contact sheet."""
     require_seed(seed)
     require_seed(seed + count - 1)
     chosen: dict[str, Any] = {} if steps is None else {"steps": steps}
@@ -69,7 +73,7 @@ def demo(
     if drawn and not quiet:
         seconds = time.monotonic() - start
         typer.echo(f"{len(drawn)} pairs in {out}, {seconds:.0f} s")
-        typer.echo(f"look at {path}: image, anomaly, mask on the image")
+        typer.echo(f"contact sheet: {path} (image, anomaly, mask on the image)")
     if stopped:
         raise typer.Exit(stopped)
 
@@ -104,7 +108,7 @@ def _draw(
 
 
 def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
-    """Seeds per preset: neighbours in number, at most one more for the first ones."""
+    """Consecutive seeds per preset; the first presets get one more if needed."""
     start = seed
     for place, name in enumerate(PRESETS):
         share = count // len(PRESETS) + (place < count % len(PRESETS))

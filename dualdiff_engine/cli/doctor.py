@@ -32,7 +32,7 @@ def doctor(
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
-    """Show versions, devices, and which backend serves each operation."""
+    """Show versions, devices, and which backend runs each operation."""
     from dualdiff_engine import ops
     from dualdiff_engine.device import device_of, devices, dtype_of
     from dualdiff_engine.pair import versions

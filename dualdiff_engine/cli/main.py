@@ -73,8 +73,8 @@ if TYPE_CHECKING:
 FAILED, SET_ASIDE = 2, 3
 _STOPPED = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
-# what the library's messages tell Python callers to do, for the command line
-_SPOKEN = {
+# remedies for Python callers -> the same for the command line
+_REMEDIES = {
     "allow_pickle=True": "--allow-pickle",
     "append=True": "--append",
     "background=Background(…)": "--background PICTURE",
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = error.ctx.command_path if error.ctx else "dualdiff"
         return _fail(f"{message}: see {command} --help")
     except (AdapterError, DataError) as error:
-        # they may hold a command or one file, on a line of its own to be copied
+        # these may list a command or a file per line, to be copied
         return _fail(str(error))
     except DualDiffError as error:
         return _fail(" ".join(str(error).split()))
@@ -128,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    for said, meant in _SPOKEN.items():
-        message = message.replace(said, meant)
+    for python, option in _REMEDIES.items():
+        message = message.replace(python, option)
     _say(f"dualdiff: {message}")
     return FAILED
 
@@ -146,7 +146,7 @@ app.add_typer(evaluation.app, name="eval")
 
 @app.callback()
 def _common(version: Version = False) -> None:
-    # libraries speak of what their callers did, not of what the user can change
+    # messages of libraries are for their callers, not for the user of this command
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if not sys.warnoptions:
@@ -189,7 +189,7 @@ def generate(
     append: Append = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw pairs into a folder: image/, anomaly/, mask/ and what made them, manifest.jsonl."""
+    """Draw pairs into a folder: image/, anomaly/, mask/, and manifest.jsonl with their recipes."""
     sampling = _given(steps=steps, guidance=guidance, scheduler=scheduler)
     surroundings = _given(
         object_mask=object_mask, noise=background_noise, noise_seed=background_noise_seed
@@ -230,10 +230,10 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _chosen_seeds(count: int | None, seeds: str | None, first: int | None) -> dict[str, Any]:
-    """The arguments of `Engine.stream` that say which pairs."""
+    """The arguments of `Engine.stream` that select the pairs."""
     if seeds is not None:
         if count is not None or first is not None:
-            raise SettingsError("--seeds says which pairs: leave out --count and --seed")
+            raise SettingsError("--seeds already selects the pairs: leave out --count and --seed")
         return {"seeds": _listed(seeds)}
     if first is None:
         return {"n": count or 1}
@@ -252,8 +252,8 @@ def _listed(text: str) -> list[int]:
         stop = int(match[2] or start + 1) if match else 0
         if not start < stop <= start + MOST_PAIRS:
             raise SettingsError(
-                f"--seeds: {part!r} is neither a seed nor an upward range: use 1,2,5 or 10:20, for "
-                f"at most {MOST_PAIRS:,} pairs"
+                f"--seeds: {part!r} is not a seed or an ascending range: use 1,2,5 or 10:20, at "
+                f"most {MOST_PAIRS:,} pairs"
             )
         settings.require_seed(stop - 1)
         chosen.extend(range(start, stop))
@@ -316,7 +316,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
 ) -> None:
-    """Write an adapter as .safetensors. Opens pickles, for tensors only: convert what you trust."""
+    """Write an adapter as .safetensors. Opens pickles, tensors only: convert only trusted files."""
     if target.exists() and not force:
         raise SettingsError(f"{target} exists: pass --force to overwrite it")
     from dualdiff_engine import adapters
@@ -329,11 +329,13 @@ def convert(
 @app.command()
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Adapter file, its folder, or checkpoint-N.")],
-    base: Annotated[str | None, typer.Option(help="A base model that it should fit.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Also check that the adapter fits this base model.")
+    ] = None,
     as_json: Json = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Show what an adapter holds, and whether it fits a base model."""
+    """Show what an adapter contains, and whether it fits a base model."""
     from dualdiff_engine import adapters
 
     loaded = adapters.load(adapter, allow_pickle=allow_pickle)
@@ -347,7 +349,7 @@ def inspect(
     summary["branches"] = ", ".join(summary["branches"])
     summary["context_width"] = ", ".join(map(str, summary["context_width"]))
     summary["parameters"] = f"{summary['parameters']:,}"
-    summary["background"] = "needed; its learnt share per site:" if blend else "none"
+    summary["background"] = "needed; learnt blend weight per site:" if blend else "none"
     summary["fits"] = base or "not checked: pass --base"
     rows = ((name.replace("_", " "), value) for name, value in summary.items())
     print_table(chain(rows, ((name, f"{value:.4f}") for name, value in blend.items())))
@@ -363,7 +365,9 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
         config = json.loads(path.read_text("utf-8"))
         width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaseModelError(f"{path} cannot be read: the base model is incomplete") from error
+        raise BaseModelError(
+            f"{path} cannot be read: the base model is incomplete, download it again"
+        ) from error
     layer = "text_model.encoder.layers.{}.self_attn"
     return model.site_shapes, {layer.format(n): width for n in range(layers)}
 

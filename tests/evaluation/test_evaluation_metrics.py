@@ -71,7 +71,7 @@ def test_agree_with_scikit_learn() -> None:
 
 @pytest.mark.parametrize("metric", [auroc, average_precision, f1_max])
 def test_impossible_inputs_are_told(metric: object) -> None:
-    with pytest.raises(SettingsError, match="one shape"):
+    with pytest.raises(SettingsError, match="must have the same shape"):
         metric(torch.zeros(3), torch.zeros(4))  # type: ignore[operator]
     with pytest.raises(SettingsError, match="no label is positive"):
         metric(torch.zeros(3), torch.zeros(3))  # type: ignore[operator]

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -122,3 +123,11 @@ def bundle(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return out
 
     return get
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """model.py, with the server's module in its place."""
+    from serving import load_model
+
+    return load_model(monkeypatch)

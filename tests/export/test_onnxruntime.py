@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_golden import run_pipeline
+from safetensors.torch import save_file
 
 from dualdiff_engine import Engine
 from dualdiff_engine.errors import AdapterError, BackendError, SettingsError
 from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
-from small import LEAST, small_adapter, small_engine
-from support import DATA, Golden, by_branch, noised_background, relative
+from small import LEAST, PICTURES, other_adapter, small_adapter, small_engine
+from support import DATA, Golden, by_branch, noised_background, relative, run_pipeline
 
 # what the deployment promises, against the released program
-NOISE, PICTURES = 5e-6, 2e-4
+NOISE = 5e-6
 
 
 def runtime_engine(golden: Golden, exported: Any, **options: Any) -> Engine:
@@ -71,20 +70,6 @@ def test_unguided(exported: Any, dual: Engine) -> None:
     ours = runtime_engine(golden, exported).generate([3], steps=2, guidance=1.0, output_type="pt")
     eager = dual.generate([3], steps=2, guidance=1.0, output_type="pt")
     assert float((ours[0].image - eager[0].image).abs().max()) <= PICTURES
-
-
-def other_adapter(path: Path) -> Path:
-    """The golden plain adapter with every matrix changed."""
-    from dualdiff_engine import adapters
-
-    adapters.convert(DATA / "dual" / "adapter", path)
-    tensors = load_file(path)
-    draw = torch.Generator().manual_seed(1)
-    for name, tensor in tensors.items():
-        if tensor.dim() == 2:
-            tensors[name] = tensor + 0.05 * torch.randn(tensor.shape, generator=draw)
-    save_file(tensors, path)
-    return path
 
 
 def test_two_adapters_by_weights_alone(exported: Any, tmp_path: Path) -> None:

@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 import typer
 from safetensors.torch import save_file
-from test_triton_server import model, served
 
 from dualdiff_engine.cli import main
 from dualdiff_engine.cli.main import app
 from dualdiff_engine.export.graph import write
+from serving import served
 from small import LEAST, NAME, small_adapter, small_engine
-
-__all__ = ["model"]
 
 README = Path(__file__).parent.parent.parent / "export" / "README.md"
 OTHER = "bottle_contamination"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,8 @@ import pytest
 from dualdiff_engine import Engine
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError, SettingsError
-from dualdiff_engine.export.serve.triton_server import MODEL, Serving, config, write_repository
+from dualdiff_engine.export.serve.triton_server import Serving, config, write_repository
+from serving import served
 from support import Golden
 
 
@@ -75,53 +74,6 @@ def test_engines_of_others_are_run_when_the_repository_says_so(
         }
     )
     assert asked == {"device": "cpu", "max_batch": 8, "trust": trust}
-
-
-class Tensor:
-    """What the server hands to a Python model, and takes from it."""
-
-    def __init__(self, name: str, array: np.ndarray) -> None:
-        self.name, self.array = name, array
-
-    def as_numpy(self) -> np.ndarray:
-        return self.array
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """model.py, with the server's module in its place."""
-
-    def find(request: dict[str, np.ndarray], name: str) -> Tensor | None:
-        return Tensor(name, request[name]) if name in request else None
-
-    utils: Any = ModuleType("triton_python_backend_utils")
-    utils.Tensor = Tensor
-    utils.TritonError = lambda text: text
-    utils.get_input_tensor_by_name = find
-    utils.InferenceResponse = lambda tensors, error=None: SimpleNamespace(
-        error=error, **{tensor.name: tensor.array for tensor in tensors}
-    )
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
-    spec = importlib.util.spec_from_file_location("model", MODEL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def served(model: ModuleType, repository: Path, name: str = "pairs", most: int = 4) -> Any:
-    serving = model.TritonPythonModel()
-    serving.initialize(
-        {
-            "model_config": json.dumps({"max_batch_size": most}),
-            "model_instance_kind": "CPU",
-            "model_instance_device_id": "0",
-            "model_repository": str(repository / name),
-            "model_version": "1",
-        }
-    )
-    return serving
 
 
 def request_of(golden: Golden, seeds: list[int], steps: int = 1, **more: Any) -> dict[str, Any]:
@@ -187,7 +139,7 @@ def test_what_is_refused(bundle: Any, tmp_path: Path) -> None:
     for wrong in ({"name": "../x"}, {"name": ""}, {"device": "tpu"}, {"instances": 0}):
         with pytest.raises(SettingsError):
             Serving(**wrong)
-    with pytest.raises(BackendError, match="max_batch 65 is above the 64"):
+    with pytest.raises(BackendError, match="max_batch 65 is above 64, the most that"):
         write_repository(bundle("dual"), tmp_path / "out", Serving(max_batch=65))
     assert main(["export", "triton-server", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualdiff_engine import Engine, adapters
@@ -14,6 +15,8 @@ from support import DATA
 
 # heads of width 40 and 160, as at SD-1.5's ends; or of 40 in the middle alone, the least there is
 WIDE, LEAST = (80, 320), (32, 80)
+# most that a pixel of a pair may differ, in [0, 1]
+PICTURES = 2e-4
 # of the adapter
 NAME = "bottle_broken"
 
@@ -47,3 +50,17 @@ def small_adapter(engine: Engine, seed: int, *, background: bool = False) -> dic
     """What the file of an adapter for this engine holds."""
     shapes = {name: tuple(tensor.shape) for name, tensor in engine.base.unet.items()}
     return random_tensors(RandomWeights(shapes, seed), background=background, rank=4)
+
+
+def other_adapter(path: Path) -> Path:
+    """The golden plain adapter with every matrix changed."""
+    from dualdiff_engine import adapters
+
+    adapters.convert(DATA / "dual" / "adapter", path)
+    tensors = load_file(path)
+    draw = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            tensors[name] = tensor + 0.05 * torch.randn(tensor.shape, generator=draw)
+    save_file(tensors, path)
+    return path

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -115,3 +116,27 @@ def denoiser_call(engine: Engine, golden: Golden) -> tuple[Tensor, dict[str, Ten
         for hook in hooks:
             hook.remove()
     return noise.squeeze(2), layers
+
+
+def run_pipeline(engine: Engine, golden: Golden, **options: Any) -> tuple[list[Tensor], Tensor]:
+    """(latents after every denoiser call, decoded pictures), in released row order."""
+    p = golden.pipeline
+    steps: list[Tensor] = []
+
+    def keep(engine: Engine, step: int, timestep: Tensor, inputs: dict[str, Tensor]) -> Any:
+        assert step == len(steps)
+        steps.append(inputs["latents"].flatten(0, 1).clone())
+        return inputs
+
+    if golden.background:
+        options["background_latents"] = p["background_latent"]
+        options["background_noise"] = p["background_noise_per_step"]
+    pairs = engine.generate(
+        latents=p["latents_in"].unflatten(0, (-1, 2)),
+        steps=golden.settings["steps"],
+        guidance=golden.settings["guidance_scale"],
+        output_type="pt",
+        callback_on_step_end=keep,
+        **options,
+    )
+    return steps, torch.stack([picture for pair in pairs for picture in (pair.image, pair.anomaly)])
