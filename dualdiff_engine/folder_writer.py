@@ -98,6 +98,11 @@ class FolderWriter:
             self._manifest.close()
             self._manifest = None
 
+    @property
+    def last_recipe(self) -> Mapping[str, Any] | None:
+        """The recipe of the last pair in the folder, None where there is no pair."""
+        return self._rows[-1].recipe if self._rows else None
+
     def missing(self, recipe: Mapping[str, Any], seeds: Sequence[int], free: bool) -> list[int]:
         """The seeds whose pairs are not in the folder yet.
 
@@ -262,15 +267,6 @@ def _repair(path: Path, manifest: io.FileIO) -> list[Row]:
                 manifest.write(b"\n")
                 break
     return rows
-
-
-def last_recipe(root: str | Path) -> dict[str, Any] | None:
-    """The recipe of the last pair in a folder, None where there is no pair."""
-    row: Row | None = None
-    with suppress(OSError), (Path(root) / MANIFEST).open("rb") as lines:
-        for line in lines:
-            row = _row_of(line) or row
-    return dict(row.recipe) if row is not None and row.recipe else None
 
 
 def _row_of(line: bytes, index: int | None = None) -> Row | None:

@@ -213,7 +213,7 @@ def generate(
             adapter=adapter,
             dtype=dtype,
             device=device,
-            backend=continued(out, backend, device, dtype) if exported is None else backend,
+            backend=continued(writer, backend, device, dtype) if exported is None else backend,
             tune=tune,
             cuda_graph=cuda_graph,
             max_batch=batch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ from dualdiff_engine.cli.doctor import print_table
 from dualdiff_engine.cli.options import Base, Device, Dtype, Quiet
 
 if TYPE_CHECKING:
+    from dualdiff_engine.folder_writer import FolderWriter
     from dualdiff_engine.ops.measure import OpCall
 
 TimeLimit = Annotated[float, typer.Option(min=1, help="Seconds; what is left keeps its choice.")]
@@ -64,14 +64,15 @@ def _times(seconds: Mapping[str, float], fastest: Any) -> str:
     return ", ".join(f"{name} {seconds[name] * 1e3:.3f} ms" for name in ordered)
 
 
-def continued(root: Path, backend: str, device: str, dtype: str) -> str | Mapping[str, str]:
+def continued(
+    writer: FolderWriter, backend: str, device: str, dtype: str
+) -> str | Mapping[str, str]:
     """The backend to draw with; with `auto`, a folder that is continued keeps its own choice."""
     from dualdiff_engine.device import device_of, dtype_of
     from dualdiff_engine.errors import BackendError
-    from dualdiff_engine.folder_writer import last_recipe
     from dualdiff_engine.ops import BACKENDS, bind
 
-    recipe = last_recipe(root) if backend == "auto" else None
+    recipe = writer.last_recipe if backend == "auto" else None
     recorded = (recipe or {}).get("backends")
     if (
         recipe is None
@@ -81,11 +82,14 @@ def continued(root: Path, backend: str, device: str, dtype: str) -> str | Mappin
         return backend
     where = device_of(device)
     kind = dtype_of(dtype, where)
-    if (recipe["device"], recipe["dtype"]) != (str(where), str(kind).removeprefix("torch.")):
+    if (recipe.get("device"), recipe.get("dtype")) != (
+        str(where),
+        str(kind).removeprefix("torch."),
+    ):
         return backend
     try:
         bind(recorded, device=where, dtype=kind)
     except BackendError as error:
-        typer.echo(f"dualdiff: {root} was drawn with other kernels: {error}", err=True)
+        typer.echo(f"dualdiff: {writer.root} was drawn with other kernels: {error}", err=True)
         return backend
     return recorded

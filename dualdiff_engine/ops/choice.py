@@ -86,10 +86,12 @@ def serves(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> t
     """Whether a backend has the op and computes it right on this device; how, or why not."""
     if backend not in BACKENDS:
         return False, "is not a backend of this version"
-    ok, reason = backend_module(backend).supported(op, device, dtype)
+    module = backend_module(backend)
+    ok, reason = module.supported(op, device, dtype)
     if not ok:
         return False, reason
-    verdict = proof.prove(backend_op(backend, op), op, device, dtype)
+    limit_s = getattr(module, "LIMIT_S", 0.0)
+    verdict = proof.prove(backend_op(backend, op), op, device, dtype, limit_s=limit_s)
     return verdict.ok, reason if verdict.ok else verdict.reason
 
 

@@ -28,6 +28,12 @@ def same_dtype(op: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"{op} takes tensors of one dtype; got {got}")
 
 
+def contiguous(op: str, name: str, x: Tensor) -> None:
+    """For kernels that read an argument row after row."""
+    if not x.is_contiguous():
+        raise ValueError(f"{op} takes a contiguous {name}; got strides {list(x.stride())}")
+
+
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> None:

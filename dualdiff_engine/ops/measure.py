@@ -51,7 +51,7 @@ def shape_class(op: str, shapes: Shapes) -> str:
     facts: list[Any] = list(first)
     if op in ("linear", "branch_linear", "geglu"):
         facts += [second[-2]]
-        # a residual, or the background's share
+        # a residual, or the background
         facts += ["more"] if any(x is not None for x in shapes[3:]) else []
     elif op == "attention":
         facts += [second[1], shapes[3]]

@@ -278,15 +278,17 @@ def prove(
     device: torch.device,
     dtype: torch.dtype,
     problems: Sequence[Sequence[Any]] | None = None,
+    limit_s: float = 0.0,
 ) -> Verdict:
     """Whether `run` computes an op on this device in this dtype; remembered for the process.
 
-    problems: shapes of the arguments, as in PROBLEMS, which are the default.
+    problems: shapes of the arguments, as in PROBLEMS, which are the default. limit_s: for all of
+    them, where it is more than the device's LIMIT_S.
     """
     problems = PROBLEMS[op] if problems is None else problems
     key = (run, op, str(device), dtype, tuple(map(tuple, problems)))
     if key not in _verdicts:
-        _verdicts[key] = _prove(run, op, device, dtype, problems)
+        _verdicts[key] = _prove(run, op, device, dtype, problems, limit_s)
     return _verdicts[key]
 
 
@@ -296,6 +298,7 @@ def _prove(
     device: torch.device,
     dtype: torch.dtype,
     problems: Sequence[Sequence[Any]],
+    limit_s: float,
 ) -> Verdict:
     at = ""
 
@@ -308,7 +311,7 @@ def _prove(
                     return wrong
         return ""
 
-    limit_s = LIMIT_S[device.type]
+    limit_s = max(limit_s, LIMIT_S[device.type])
     try:
         wrong = within(limit_s, solve)
     except TimeoutError:

@@ -25,6 +25,8 @@ OPS = {
     "guided_step": "guided_step",
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# of a proof, where it is longer than the device's: interpreted, a small problem takes seconds
+LIMIT_S = 60.0
 # Ampere: the first with asynchronous copies and bf16 tensor cores
 OLDEST = (8, 0)
 

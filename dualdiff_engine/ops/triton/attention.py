@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualdiff_engine.ops import flops
+from dualdiff_engine.ops import contracts, flops
 from dualdiff_engine.ops.triton import listing, tuning
 from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation
 from dualdiff_engine.ops.triton.tuning import Config
@@ -276,26 +276,16 @@ def candidates(dim: int, dtype: torch.dtype, keys: int) -> list[Config]:
     return [attention_config(*tile) for tile in tiles]
 
 
-def _check(query: Tensor, num_heads: int, sources: list[tuple[Tensor, Tensor]]) -> None:
-    """ValueError unless heads are whole, keys and values fit the query and columns are adjacent."""
-    shape = list(query.shape)
-    if query.dim() != 3 or shape[-1] % num_heads or shape[-1] > LARGEST_DIM * num_heads:
-        raise ValueError(
-            f"attention takes query [N, S, C], C of {num_heads} heads of at most {LARGEST_DIM} "
-            f"columns; got {shape}"
-        )
-    expected = f"[{shape[0]}, L, {shape[2]}]"
-    for key, value in sources:
-        if key.dim() != 3 or key.shape != value.shape or key.shape[::2] != query.shape[::2]:
+def _check(num_heads: int, *tensors: Tensor) -> None:
+    """ValueError unless this kernel can read them: narrow heads, adjacent columns."""
+    width = tensors[0].shape[-1] // num_heads
+    if width > LARGEST_DIM:
+        raise ValueError(f"attention takes heads of at most {LARGEST_DIM} columns; got {width}")
+    for x in tensors:
+        if x.stride(2) != 1 or x.stride(1) >= LARGEST_STRIDE:
             raise ValueError(
-                f"attention takes keys and values {expected}; "
-                f"got {list(key.shape)}, {list(value.shape)}"
-            )
-    for x in (query, *(x for source in sources for x in source)):
-        if x.stride(2) != 1 or x.stride(1) >= LARGEST_STRIDE or x.dtype != query.dtype:
-            raise ValueError(
-                f"attention takes adjacent columns of {query.dtype}, rows less than "
-                f"{LARGEST_STRIDE} apart; got {x.dtype}, strides {list(x.stride())}"
+                f"attention takes adjacent columns, rows less than {LARGEST_STRIDE} apart; "
+                f"got strides {list(x.stride())}"
             )
 
 
@@ -337,12 +327,11 @@ def attention(
     have any strides, 0 where all of them share a source. Scores, softmax and sums in fp32; weights
     are rounded to the dtype before they meet the values. Raises ValueError on other inputs.
     """
+    contracts.attention(query, key, value, num_heads, more_key, more_value)
     sources = [(key, value)]
     if more_key is not None and more_value is not None:
         sources.append((more_key, more_value))
-    elif more_key is not more_value:
-        raise ValueError("attention takes both more_key and more_value, or neither; got one")
-    _check(query, num_heads, sources)
+    _check(num_heads, query, *(x for source in sources for x in source))
     rows, positions, channels = query.shape
     dim, lengths = channels // num_heads, [source.shape[1] for source, _ in sources]
     keys = sum(lengths)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualdiff_engine.ops import flops
+from dualdiff_engine.ops import contracts, flops
 from dualdiff_engine.ops.triton import listing, tuning
 from dualdiff_engine.ops.triton.listing import HALVES, Compilation
 from dualdiff_engine.ops.triton.tuning import Config
@@ -182,13 +182,6 @@ def candidates(rows: int, columns: int, dtype: torch.dtype) -> list[Config]:
     ]
 
 
-def require(fits: bool, expected: str, *tensors: Tensor | None) -> None:
-    """ValueError with the expected and the received shapes unless they fit."""
-    if not fits:
-        got = ", ".join("None" if x is None else str(list(x.shape)) for x in tensors)
-        raise ValueError(f"{expected}; got {got}")
-
-
 def as_rows(x: Tensor) -> Tensor:
     """x [..., C] -> [rows, C] with contiguous columns: a view where one row stride describes it."""
     rows = x.reshape(-1, x.shape[-1])
@@ -248,15 +241,8 @@ def linear(
     contiguous. Rows of input may be strided; what no single row stride describes is copied, as is
     a residual that is not contiguous. Sums in fp32. Raises ValueError on other shapes.
     """
-    columns = weight.shape[0]
-    require(
-        weight.shape == (columns, input.shape[-1])
-        and weight.is_contiguous()
-        and (bias is None or bias.shape == (columns,))
-        and (residual is None or residual.shape == (*input.shape[:-1], columns)),
-        "linear takes input [..., C], contiguous weight [D, C], bias [D], residual [..., D]",
-        input, weight, bias, residual,
-    )  # fmt: skip
+    contracts.linear(input, weight, bias, residual)
+    contracts.contiguous("linear", "weight", weight)
     return _launch(input, weight[None], bias, residual)
 
 
@@ -274,25 +260,8 @@ def branch_linear(
     for the rows M = R·B·S of a branch, keep [1] -> [F, ..., D] contiguous. Rows of input may be
     strided, as in `linear`. Sums in fp32, rounded once. Raises ValueError on other shapes.
     """
-    columns = weight.shape[-2]
-    rows = input.shape[1:-1].numel()
-    fits = background_kv is None and keep is None
-    if background_kv is not None and keep is not None:
-        fits = (
-            background_kv.dim() == 3
-            and rows % background_kv.shape[:2].numel() == 0
-            and background_kv.shape[2] <= columns
-            and keep.shape == (1,)
-        )
-    require(
-        fits
-        and weight.shape == (input.shape[0], columns, input.shape[-1])
-        and weight.is_contiguous()
-        and (bias is None or bias.shape == (columns,)),
-        "branch_linear takes input [F, M, C], contiguous weight [F, D, C], bias [D], "
-        "and of M = R·B·S rows background_kv [R, S, E <= D] with keep [1]",
-        input, weight, bias, background_kv, keep,
-    )  # fmt: skip
+    contracts.branch_linear(input, weight, bias, background_kv, keep)
+    contracts.contiguous("branch_linear", "weight", weight)
     return _launch(input, weight, bias, None, background_kv, keep)
 
 

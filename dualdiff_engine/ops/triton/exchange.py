@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualdiff_engine.ops import flops
+from dualdiff_engine.ops import contracts, flops
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 from dualdiff_engine.ops.triton import listing, tuning
 from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation
@@ -213,16 +213,8 @@ def exchange(
     [2, M, C]. Statistics, score, gate and sums in fp32; the operands of products in the input's
     dtype. Raises ValueError on other shapes.
     """
+    contracts.exchange(input, gate_weight, gate_bias, value_weight, value_bias, residual)
     channels = input.shape[-1]
-    square, line = (channels, channels), (channels,)
-    shapes = [gate_weight.shape, gate_bias.shape, value_weight.shape, value_bias.shape]
-    fits = input.dim() == 3 and input.shape[0] == 2 and residual.shape == input.shape
-    if not fits or shapes != [square, line, square, line]:
-        got = [list(x.shape) for x in (input, gate_weight, gate_bias, value_weight, value_bias)]
-        raise ValueError(
-            "exchange takes input and residual [2, M, C], weights [C, C] and biases [C]; "
-            f"got {got} and residual {list(residual.shape)}"
-        )
     out = input.new_empty(input.shape)
     config = tuning.choose(
         "exchange", shape_class(channels, input.dtype), default_config(input.dtype), input.device

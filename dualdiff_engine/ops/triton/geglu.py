@@ -7,14 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualdiff_engine.ops import flops
+from dualdiff_engine.ops import contracts, flops
 from dualdiff_engine.ops.triton import listing, tuning
 from dualdiff_engine.ops.triton.branch_linear import (
     BUSY,
     add_products,
     as_rows,
     product_config,
-    require,
     shape_class,
     tile_of_program,
 )
@@ -112,13 +111,8 @@ def geglu(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     GELU in fp32. Raises ValueError on other shapes.
     """
     columns, channels = weight.shape[0] // 2, input.shape[-1]
-    require(
-        weight.shape == (2 * columns, channels)
-        and weight.is_contiguous()
-        and bias.shape == (2 * columns,),
-        "geglu takes input [..., C], contiguous weight [2·I, C], bias [2·I]",
-        input, weight, bias,
-    )  # fmt: skip
+    contracts.geglu(input, weight, bias)
+    contracts.contiguous("geglu", "weight", weight)
     out = input.new_empty(*input.shape[:-1], columns)
     x = as_rows(input)
     rows, dtype = x.shape[0], input.dtype

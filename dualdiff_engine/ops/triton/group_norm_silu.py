@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualdiff_engine.ops import flops
+from dualdiff_engine.ops import contracts, flops
 from dualdiff_engine.ops.triton import listing, tuning
 from dualdiff_engine.ops.triton.listing import HALVES, Compilation
 from dualdiff_engine.ops.triton.tuning import Config
@@ -210,16 +210,7 @@ def group_norm_silu(
     is copied. All arithmetic in fp32; the mean is subtracted before squaring. Raises ValueError on
     other shapes.
     """
-    if (
-        input.dim() != 4
-        or input.shape[1] % num_groups
-        or not weight.shape == bias.shape == input.shape[1:2]
-    ):
-        got = ", ".join(str(list(x.shape)) for x in (input, weight, bias))
-        raise ValueError(
-            f"group_norm_silu takes input [N, C, h, w] of C in {num_groups} groups, weight [C], "
-            f"bias [C]; got {got}"
-        )
+    contracts.group_norm_silu(input, num_groups, weight, bias)
     samples, channels, height, width = input.shape
     positions = height * width
     config = tuning.choose(

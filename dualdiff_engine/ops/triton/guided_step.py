@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualdiff_engine.ops import flops
+from dualdiff_engine.ops import contracts, flops
 from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation, compilation
 from dualdiff_engine.ops.triton.tuning import Config
 
@@ -35,8 +35,8 @@ def _guided_step_kernel(
 @torch.library.custom_op("dualdiff::guided_step", mutates_args=())
 def guided_step(noise: Tensor, guidance: float) -> Tensor:
     """As `reference.guided_step`; noise contiguous [F, 2, B, ...]."""
-    if noise.shape[1] != 2 or not noise.is_contiguous():
-        raise ValueError(f"guided_step takes contiguous [F, 2, ...], got {list(noise.shape)}")
+    contracts.guided_step(noise)
+    contracts.contiguous("guided_step", "noise", noise)
     out = noise.new_empty(noise.shape[0], *noise.shape[2:], dtype=torch.float32)
     size = out[0].numel()
     grid = (triton.cdiv(size, CONFIG.blocks["BLOCK"]), noise.shape[0])

@@ -20,7 +20,7 @@ def test_guided_step(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 def test_wrong_shapes() -> None:
-    with pytest.raises(ValueError, match=r"takes contiguous \[F, 2, ...\], got \[2, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"takes noise \[F, 2, ...\]; got \[2, 3, 4\]"):
         guided_step(torch.zeros(2, 3, 4), 2.5)
 
 
