@@ -64,7 +64,8 @@ def headline(record: Record) -> str:
         f"{case['model']}, {case['batch']} pair(s), {height}x{width} px, "
         f"{background}, guidance {case['guidance']:g}, schedule of {case['steps']} calls; "
         f"{record['device_name']}, {record['cores']} cores, {instructions}"
-        f"torch {record['versions']['torch']}, commit {record['commit']}; matrix products: {rates} GFLOP/s"
+        f"torch {record['versions']['torch']}, commit {record['commit']}; "
+        f"matrix products: {rates} GFLOP/s"
     )
 
 
