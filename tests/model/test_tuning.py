@@ -278,7 +278,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], cache: Path, tmp_path: 
     assert main(words) == 0
     for path in cache.iterdir():
         path.unlink()
-    assert main(words) == 0
+    assert main([*words, "--count", "2"]) == 0
     rows = (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()
     first, second = (json.loads(row)["recipe"]["backends"] for row in rows)
     assert first == second
