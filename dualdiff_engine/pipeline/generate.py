@@ -51,9 +51,10 @@ class Run:
     """The parts that draw pairs with one adapter.
 
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class
-    name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size, scheduler: the base
-    model's own. trained_background: whether the adapter needs a background. is_active: whether the
-    adapter is still the one that the denoiser holds. interrupted: whether to stop after this step.
+    name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
+    in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
+    background. is_active: whether the adapter is still the one that the denoiser holds.
+    interrupted: whether to stop after this step.
     """
 
     denoiser: Denoiser
@@ -67,7 +68,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     max_batch: int
-    size: int
+    size: tuple[int, int]
     pixels_per_latent: int
     scheduler: str
     adapter: str | None
@@ -113,7 +114,7 @@ class Request:
 def check(
     run: Run,
     n: int | Sequence[int] | None,
-    seeds: Sequence[int] | None,
+    seeds: int | Sequence[int] | None,
     sampling: Sampling,
     *,
     batch: int | None,
