@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from dualdiff_engine.base_model.folder import read_json
 from dualdiff_engine.errors import BaseModelError
 from dualdiff_engine.model.config import MAX_LAYERS, MAX_LEVELS, MAX_WIDTH, UNetConfig
 
@@ -93,7 +95,7 @@ _SCHEDULER: dict[str, Rule] = {
 }
 
 
-def _require(where: str, name: str, value: object, rule: Rule) -> None:
+def _require(where: object, name: str, value: object, rule: Rule) -> None:
     expected, fits = rule
     if not fits(value):
         raise BaseModelError(
@@ -103,7 +105,7 @@ def _require(where: str, name: str, value: object, rule: Rule) -> None:
 
 
 def _read(
-    where: str, config: Mapping[str, Any], rules: Mapping[str, tuple[Rule, Any]]
+    where: object, config: Mapping[str, Any], rules: Mapping[str, tuple[Rule, Any]]
 ) -> dict[str, Any]:
     chosen = {name: config.get(name, default) for name, (_, default) in rules.items()}
     for name, value in chosen.items():
@@ -111,12 +113,12 @@ def _read(
     return chosen
 
 
-def text_values(config: Mapping[str, Any], context_width: int) -> dict[str, Any]:
-    """What shapes the text encoder, of `text_encoder/config.json`. Raises BaseModelError.
+def text_values(path: Path, context_width: int) -> dict[str, Any]:
+    """What shapes the text encoder, of its config.json. Raises BaseModelError.
 
     context_width: of the UNet that reads its output.
     """
-    where = "text_encoder/config.json"
+    where, config = path, read_json(path)
     _require(
         where, "model_type", config.get("model_type"), _one_of("clip_text_model", "clip", None)
     )
@@ -135,9 +137,9 @@ def text_values(config: Mapping[str, Any], context_width: int) -> dict[str, Any]
     return values
 
 
-def vae_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What shapes the VAE, of `vae/config.json`. Raises BaseModelError."""
-    where = "vae/config.json"
+def vae_values(path: Path) -> dict[str, Any]:
+    """What shapes the VAE, of its config.json. Raises BaseModelError."""
+    where, config = path, read_json(path)
     _require(where, "_class_name", config.get("_class_name"), _one_of("AutoencoderKL", None))
     values = _read(where, config, _VAE)
     channels, groups = values["block_out_channels"], values["norm_num_groups"]
@@ -174,11 +176,18 @@ def unet_values(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def check_scheduler(where: str, config: Mapping[str, Any]) -> None:
-    """Refuse values that no diffusion model was trained with. Raises BaseModelError."""
-    for name, rule in _SCHEDULER.items():
-        if name in config:
-            _require(where, name, config[name], rule)
+def check_scheduler(where: object, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse values that no diffusion model was trained with. Raises BaseModelError.
+
+    defaults: of what diffusers' schedulers read.
+    """
+    for name in config.keys() & defaults.keys():
+        if name in _SCHEDULER:
+            _require(where, name, config[name], _SCHEDULER[name])
+        elif isinstance(defaults[name], bool):
+            _require(where, name, config[name], _TRUTH)
+        elif isinstance(defaults[name], float) and config[name] is not None:
+            _require(where, name, config[name], _between(-1e6, 1e6))
     betas = config.get("trained_betas")
     if betas is not None:
         _require(where, "trained_betas", betas, _list_of(_between(0, 1), MAX_TRAIN_TIMESTEPS))
@@ -188,7 +197,7 @@ def check_scheduler(where: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def sample_size_of(value: Any) -> tuple[int, int]:
+def sample_size_of(where: object, value: Any) -> tuple[int, int]:
     """(height, width) of the latents that a UNet was trained on; 64 x 64 where it does not say."""
     side = _whole(1, 1024)
     if value is None:
@@ -198,16 +207,16 @@ def sample_size_of(value: Any) -> tuple[int, int]:
     if isinstance(value, list) and len(value) == 2 and all(map(side[1], value)):
         return value[0], value[1]
     raise BaseModelError(
-        f"unet/config.json: sample_size = {str(value)[:80]!r} is not supported (expected "
+        f"{where}: sample_size = {str(value)[:80]!r} is not supported (expected "
         f"{side[0]}, or [height, width])"
     )
 
 
-def token_limit(value: Any, positions: int) -> int:
+def token_limit(where: object, value: Any, positions: int) -> int:
     """Tokens of a prompt: what the tokenizer says, at most the text encoder's positions."""
     if type(value) not in (int, float) or not math.isfinite(value) or value < 3:
         raise BaseModelError(
-            f"tokenizer/tokenizer_config.json: model_max_length = {str(value)[:80]!r} is not a "
+            f"{where}: model_max_length = {str(value)[:80]!r} is not a "
             f"number of tokens: set it to {positions}"
         )
     return int(min(value, positions))

@@ -26,7 +26,7 @@ _VARIANTS = ("", ".fp16", ".bf16")
 # a vocabulary of 50,000 tokens has 1 MB, an index of shards 0.1 MB
 _MAX_JSON_BYTES = 32 << 20
 _LFS = b"version https://git-lfs"
-_AGAIN = "download the base model again"
+AGAIN = "download the base model again"
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _HALF = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".download")
 
@@ -77,7 +77,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def blamed_on(where: Path | str, remedy: str = _AGAIN) -> Iterator[None]:
+def blamed_on(where: Path | str, remedy: str = AGAIN) -> Iterator[None]:
     """Turn whatever another library raises about a part of the folder into one BaseModelError."""
     try:
         yield
@@ -96,19 +96,19 @@ def check_file(path: Path) -> int:
         info = path.stat()
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
-            raise BaseModelError(f"{path} is missing: {_AGAIN}") from error
+            raise BaseModelError(f"{path} is missing: {AGAIN}") from error
         reason = getattr(error, "strerror", None) or error
         raise BaseModelError(
-            f"{path} cannot be read ({reason}): check the link and its permissions, or {_AGAIN}"
+            f"{path} cannot be read ({reason}): check the link and its permissions, or {AGAIN}"
         ) from error
     if not stat.S_ISREG(info.st_mode):
-        raise BaseModelError(f"{path} is not a regular file: {_AGAIN}")
+        raise BaseModelError(f"{path} is not a regular file: {AGAIN}")
     if info.st_size == 0:
-        raise BaseModelError(f"{path} is empty: {_AGAIN}")
+        raise BaseModelError(f"{path} is empty: {AGAIN}")
     with _readable(path), path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise BaseModelError(
-                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or {_AGAIN}"
+                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or {AGAIN}"
             )
     return info.st_size
 
@@ -119,7 +119,7 @@ def check_files(folder: Path) -> None:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     for path in paths:
         if not path.is_dir() and check_file(path) > _MAX_JSON_BYTES:
-            raise BaseModelError(f"{path} is too large for a tokenizer's file: {_AGAIN}")
+            raise BaseModelError(f"{path} is too large for a tokenizer's file: {AGAIN}")
 
 
 @contextmanager
@@ -136,13 +136,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises BaseModelError."""
     size = check_file(path)
     if size > _MAX_JSON_BYTES:
-        raise BaseModelError(f"{path} has {size:,} bytes, too many for a JSON file: {_AGAIN}")
+        raise BaseModelError(f"{path} has {size:,} bytes, too many for a JSON file: {AGAIN}")
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"{path} cannot be read as JSON ({error}): {_AGAIN}") from error
+        raise BaseModelError(f"{path} cannot be read as JSON ({error}): {AGAIN}") from error
     if not isinstance(content, dict):
-        raise BaseModelError(f"{path} is not a JSON object: {_AGAIN}")
+        raise BaseModelError(f"{path} is not a JSON object: {AGAIN}")
     return content
 
 
@@ -170,19 +170,19 @@ def weights_file(folder: Path, stem: str) -> Path:
         names = sorted(path.name for path in folder.iterdir())
     wanted = f"{folder} has no {stem}.safetensors"
     if half := [name for name in names if name.endswith(_HALF)]:
-        raise BaseModelError(f"{wanted}; {half[0]} is a half download: {_AGAIN}")
+        raise BaseModelError(f"{wanted}; {half[0]} is a half download: {AGAIN}")
     if others := [name for name in names if name.endswith(".safetensors")]:
         shards = [name for name in others if "-of-" in name]
         reason = f"{others[0]} has another name: rename it if it is the right file"
         if shards:
-            reason = f"{shards[0]} is a shard without its index: {_AGAIN}"
+            reason = f"{shards[0]} is a shard without its index: {AGAIN}"
         raise BaseModelError(f"{wanted}; {reason}")
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise BaseModelError(
             f"{wanted}; pickled weights ({pickles[0]}) are not read: save the model with "
             "safe_serialization=True"
         )
-    raise BaseModelError(f"{wanted}: {_AGAIN}")
+    raise BaseModelError(f"{wanted}: {AGAIN}")
 
 
 def check_index(folder: Path) -> None:

@@ -21,7 +21,7 @@ def identity(values: Mapping[str, Any], weights: Mapping[str, TensorFile]) -> st
     values: by part, what JSON can hold. weights: by part; name, dtype, shape and content count.
     """
     digest = hashlib.sha256()
-    digest.update(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    digest.update(json.dumps(_plain(values), sort_keys=True, separators=(",", ":")).encode())
     for part, tensors in sorted(weights.items()):
         for name in sorted(tensors):
             tensor = tensors[name]
@@ -29,6 +29,15 @@ def identity(values: Mapping[str, Any], weights: Mapping[str, TensorFile]) -> st
             content = tensor.contiguous().reshape(-1).view(torch.uint8)
             digest.update(content.numpy().data)
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, with 1 and 1.0 as one number."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def tokenizer_values(tokenizer: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from dualdiff_engine.base_model import configs
 from dualdiff_engine.base_model.folder import (
+    AGAIN,
     PARTS,
     STEMS,
     blamed_on,
@@ -31,6 +32,8 @@ from dualdiff_engine.base_model.tensors import TensorFile
 from dualdiff_engine.errors import BaseModelError
 from dualdiff_engine.model.config import UNetConfig
 
+# of CLIP, before and behind a prompt
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 # names that diffusers gave the VAE's attention until 0.14
 _VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -49,7 +52,8 @@ class BaseModel:
                     f"{self.folder} has no {part}/: expected a diffusers SD folder"
                 )
         check_index(self.folder)
-        config = read_json(self.folder / "unet" / "config.json")
+        path = self.folder / "unet" / "config.json"
+        config = read_json(path)
         self.unet_config = UNetConfig.from_dict(config)
         if (self.unet_config.in_channels, self.unet_config.out_channels) != (4, 4):
             raise BaseModelError(
@@ -57,7 +61,7 @@ class BaseModel:
                 "channels; expected 4 to 4 (inpainting models are not supported)"
             )
         # (height, width) of the latents that it was trained on
-        self.latent_size = configs.sample_size_of(config.get("sample_size"))
+        self.latent_size = configs.sample_size_of(path, config.get("sample_size"))
         self.unet = TensorFile(weights_file(self.folder / "unet", STEMS["unet"]))
 
     @property
@@ -105,12 +109,12 @@ class BaseModel:
 
     @cached_property
     def _text_values(self) -> dict[str, Any]:
-        config = read_json(self.folder / "text_encoder" / "config.json")
-        return configs.text_values(config, self.unet_config.context_width)
+        path = self.folder / "text_encoder" / "config.json"
+        return configs.text_values(path, self.unet_config.context_width)
 
     @cached_property
     def _vae_values(self) -> dict[str, Any]:
-        return configs.vae_values(read_json(self.folder / "vae" / "config.json"))
+        return configs.vae_values(self.folder / "vae" / "config.json")
 
     def load_text(self) -> tuple[Any, Any]:
         """(tokenizer, text encoder in fp32)."""
@@ -144,21 +148,28 @@ class BaseModel:
 
         folder, values = self.folder / "tokenizer", self._text_values
         check_files(folder)
-        for path in sorted(folder.glob("*.json")):
-            read_json(path)
+        contents = {path.name: read_json(path) for path in sorted(folder.glob("*.json"))}
+        ids = list(contents.get("vocab.json", {}).values())
+        if not all(type(n) is int for n in ids) or len(set(ids)) < len(ids):
+            raise BaseModelError(
+                f"{folder}/vocab.json gives tokens no number, or one twice: {AGAIN}"
+            )
         with blamed_on(folder):
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             limit = configs.token_limit(
-                tokenizer.model_max_length, values["max_position_embeddings"]
+                folder / "tokenizer_config.json",
+                tokenizer.model_max_length,
+                values["max_position_embeddings"],
             )
             tokenizer.model_max_length = limit
-            ids = tokenizer("a sks", padding="max_length", max_length=limit).input_ids
+            ids = tokenizer("a", padding="max_length", max_length=limit).input_ids
             highest = max(tokenizer.get_vocab().values())
-            if len(ids) != limit or ids[0] != tokenizer.bos_token_id:
-                raise BaseModelError(
-                    f"{folder} does not begin prompts with a start token and fill them to {limit} "
-                    "tokens: use the tokenizer of the same model"
-                )
+            special = tokenizer.bos_token, tokenizer.eos_token
+        if special != _SPECIAL or len(ids) != limit or ids[0] != tokenizer.bos_token_id:
+            raise BaseModelError(
+                f"{folder} does not put prompts between {' and '.join(_SPECIAL)} and fill them to "
+                f"{limit} tokens: use the tokenizer of the same model"
+            )
         if highest >= values["vocab_size"]:
             raise BaseModelError(
                 f"{folder} has a token {highest}, the text encoder knows {values['vocab_size']}: "

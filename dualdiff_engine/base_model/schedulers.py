@@ -33,7 +33,6 @@ class Schedulers:
 
         self._path = path
         config = read_json(path)
-        check_scheduler("scheduler/scheduler_config.json", config)
         kind = getattr(diffusers, str(config.get("_class_name")), None)
         # other families (flow matching, consistency, …) take other predictions of a network
         fits = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
@@ -46,12 +45,8 @@ class Schedulers:
         self._kinds = {k.__name__: k for k in (*kind._get_compatibles(), kind)}
         for name in _OTHER_TIMESTEPS:
             self._kinds.pop(name, None)
-        if kind.__name__ in _OTHER_TIMESTEPS:
-            raise BaseModelError(
-                f"{path}: the timesteps of {kind.__name__} are not those of Stable Diffusion: use "
-                "another scheduler, such as EulerDiscreteScheduler"
-            )
         known = self._defaults(kind)
+        check_scheduler(path, config, known)
         used = {name: value for name, value in config.items() if name in known}
         with blamed_on(path, "use the scheduler_config.json that belongs to the model"):
             self.own: Any = kind.from_config(used)
@@ -138,7 +133,13 @@ def _checked(kind: Any) -> Any:
         kind.set_timesteps(self, num_inference_steps, *rest, **named)
 
     # under the same name: diffusers records it, and looks compatible classes up by it
-    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "__doc__": kind.__doc__})
+    own = {
+        "__doc__": kind.__doc__,
+        "set_timesteps": set_timesteps,
+        # some schedulers set timesteps while they are built
+        "check_steps": staticmethod(lambda steps: None),
+    }
+    return type(kind.__name__, (kind,), own)
 
 
 def _tried(make: Callable[[], Any], steps: int) -> str | None:

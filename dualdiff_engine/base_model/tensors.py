@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ class TensorFile(Mapping[str, Tensor]):
         self._places: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for file, wanted in _shards(path).items():
             self._read_header(file, wanted, rename)
+        self._files: dict[Path, Any] = {}
         self._finite: set[str] = set()
 
     def _read_header(
@@ -58,8 +60,11 @@ class TensorFile(Mapping[str, Tensor]):
         path, stored, _, dtype = self._places[name]
         if dtype not in _FLOATS:
             raise BaseModelError(_not_float(self.path, name, dtype))
-        with blamed_on(path), safe_open(path, "pt") as file:
-            tensor: Tensor = file.get_tensor(stored)
+        with blamed_on(path):
+            # opened once: every opening reads the whole header
+            if path not in self._files:
+                self._files[path] = safe_open(path, "pt")
+            tensor: Tensor = self._files[path].get_tensor(stored)
         if name not in self._finite:
             if not bool(torch.isfinite(tensor).all()):
                 raise BaseModelError(
