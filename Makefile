@@ -6,7 +6,7 @@ TEST := .venv-test/bin
 WORKERS ?= 2
 PYTEST := $(TEST)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo bench test native lint types interpreter aot exports clean
+.PHONY: demo bench test native lint types interpreter aot exports lane-avx2 lane-sse41 lane-one-thread clean
 
 demo: .venv/ready
 	$(RUN)/dualdiff demo
@@ -21,6 +21,25 @@ test: .venv-test/ready
 native: .venv-test/ready
 	DUALDIFF_BUILD_NATIVE=cpu $(TEST)/python setup.py -q build_ext --inplace
 	$(TEST)/python -c "from dualdiff_engine import _native; print(*_native.levels())"
+
+# The machine made a lesser one, by the limits that its libraries and the C++ kernels take. `LANE`:
+# what runs there; `make lane-avx2 LANE=tests` runs all of the suite.
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	DUALDIFF_NATIVE_ISA=avx2
+SSE41 := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	DUALDIFF_NATIVE_ISA=off
+LANE := tests/ops tests/model tests/cli tests/test_golden.py tests/test_engine.py \
+	"tests/export/test_options.py::test_float16_runs_in_an_engine" \
+	"tests/export/test_options.py::test_bfloat16"
+
+lane-avx2: .venv-test/ready
+	$(AVX2) $(PYTEST) $(LANE)
+
+lane-sse41: .venv-test/ready
+	$(SSE41) $(PYTEST) $(LANE)
+
+lane-one-thread: .venv-test/ready
+	OMP_NUM_THREADS=1 taskset -c 0 $(TEST)/python -m pytest $(LANE)
 
 # Triton kernels on a CPU: interpreted, and compiled ahead of time. Each in a process of its own.
 interpreter: .venv-test/ready

@@ -19,6 +19,7 @@ PEER_NAMES = (
     "released", "diffusers", "eager", "compiled", "xformers", "engine", "engine-fresh",
     "engine-graph", "engine-triton-graph", "engine-triton", "engine-native", "engine-xformers",
     "engine-onednn", "engine-widened", "engine-reference", "engine-onnxruntime", "engine-tensorrt",
+    "engine-sdpa-flash", "engine-sdpa-cudnn", "engine-sdpa-efficient",
     *(f"engine-only-{op}" for op in (
         "linear", "branch_linear", "attention", "exchange", "group_norm_silu", "geglu",
         "guided_step",
@@ -31,21 +32,23 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "dualdiff-bench",
         description="Time one denoiser step of a batch of pairs: the engine, the released "
-        "computation and plain diffusers, interleaved in one run, with random weights.",
-        epilog="dualdiff-bench ops: every op of a step instead. dualdiff-bench roofline: the least "
-        "time that a step can take, counted. Each has its --help.",
+        "computation and plain diffusers, interleaved in one run.",
+        epilog="dualdiff-bench ops: time every op of a step. dualdiff-bench roofline: count "
+        "the least time that a step can take. Each has its own --help.",
     )
     p.add_argument("--batch", type=int, default=32, help="pairs per step (default 32)")
     p.add_argument(
         "--model", choices=("demo", "small", "sd15"), help="default: sd15 on a GPU, else demo"
     )
-    p.add_argument("--steps", type=int, help="denoiser calls of the schedule (default 100 or 50)")
+    p.add_argument(
+        "--steps", type=int, help="denoiser calls of a run (default 100, with background 50)"
+    )
     p.add_argument("--rounds", type=int, default=3, help="timed steps per peer (default 3)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
     p.add_argument("--guidance", type=float, default=2.5, help="guidance scale, above 1")
     p.add_argument(
         "--background", action=argparse.BooleanOptionalAction, default=False,
-        help="background compensation, shares kept across batches (fixed noise)",
+        help="with background compensation; fixed noise, so the background pass is reused",
     )  # fmt: skip
     p.add_argument("--dtype", help="of engine and diffusers: one of, or several with commas, "
                    f"{', '.join(DTYPES)} (default: bfloat16 on a GPU, else float32)")  # fmt: skip
@@ -54,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
         "--peers", default="released,diffusers,engine", help="any of " + ", ".join(PEER_NAMES)
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--output-json", type=Path, metavar="FILE", help="keep the record")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw it (png, svg, pdf)")
+    p.add_argument("--output-json", type=Path, metavar="FILE", help="write the record")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw the record (png, svg, pdf)")
     return p
 
 
@@ -86,7 +89,7 @@ def _fail(message: str) -> int:
 def _names(given: str, known: Sequence[str], what: str) -> list[str]:
     names = [name.strip() for name in given.split(",")]
     if unknown := [name for name in names if name not in known]:
-        raise SettingsError(f"no {what} {unknown[0]!r}: choose from {', '.join(known)}")
+        raise SettingsError(f"no {what} {unknown[0]!r}: choose one of {', '.join(known)}")
     return names
 
 
@@ -104,7 +107,7 @@ def _case(options: argparse.Namespace, on_gpu: bool) -> Case:
     if not 1 <= steps <= 1000 or not 64 <= size <= 2048 or size % 8:
         raise SettingsError("--steps must be 1 to 1000, --size a multiple of 8 from 64 to 2048")
     if options.guidance <= 1:
-        raise SettingsError("--guidance must be above 1: the peers are compared with guidance")
+        raise SettingsError("--guidance must be above 1, because all peers run with guidance")
     return Case(
         model=model,
         batch=options.batch,
@@ -124,10 +127,10 @@ def _entries(options: argparse.Namespace, on_gpu: bool) -> list[Entry]:
 
     dtypes = _names(options.dtype or ("bfloat16" if on_gpu else "float32"), DTYPES, "dtype")
     if not on_gpu and "float16" in dtypes:
-        raise SettingsError("float16 on a CPU is emulated: use bfloat16")
+        raise SettingsError("float16 on a CPU is emulated and very slow: use bfloat16")
     peers = _names(options.peers, PEER_NAMES, "peer")
     if "engine-fresh" in peers and not options.background:
-        raise SettingsError("engine-fresh differs from engine only with --background")
+        raise SettingsError("engine-fresh needs --background; without it, it equals engine")
     # the released program knows fp32 only
     return [
         Entry(peer, dtype)
@@ -139,7 +142,7 @@ def _entries(options: argparse.Namespace, on_gpu: bool) -> list[Entry]:
 def _run(options: argparse.Namespace) -> None:
     for path in (options.output_json, options.plot):
         if path is not None and not path.parent.is_dir():
-            raise SettingsError(f"no folder {str(path.parent)!r} to write {path.name} to: make it")
+            raise SettingsError(f"no folder {str(path.parent)!r} for {path.name}: create it first")
     import torch
 
     from dualdiff_engine.bench.step import measure, peers, report

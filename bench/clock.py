@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,13 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 1024}
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """float32 ones without TF32, which PyTorch lets cuDNN use: what others are compared with."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 class Clock:

@@ -123,7 +123,7 @@ def _ordered(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(pairs: list[Sample]) -> str:
-    """Start of the sha256 of the adapter that drew them; more than one are all told."""
+    """Short sha256 of the adapters used, comma-separated."""
     return ", ".join(sorted({pair.defect.split()[-1] for pair in pairs}))
 
 

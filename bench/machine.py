@@ -54,8 +54,22 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def tf32() -> dict[str, Any]:
+    """Whether float32 products and convolutions may round their inputs to TF32 on a GPU."""
+    return {
+        "matmul": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
 def commit() -> str | None:
-    """The commit this file is at, with + when the tree has changes; None outside a checkout."""
+    """The commit this file is at, with + when the tree has changes; None outside a checkout.
+
+    DUALDIFF_COMMIT names it where the files were copied without their history.
+    """
+    if given := os.environ.get("DUALDIFF_COMMIT"):
+        return given
     here = Path(__file__).parent
 
     def git(*words: str) -> str:

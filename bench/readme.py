@@ -15,7 +15,10 @@ from dualdiff_engine.evaluation import report as evaluation
 from dualdiff_engine.evaluation.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "export/README.md", "dualdiff_engine/demo/README.md")
+DOCUMENTS = (
+    *("README.md", "docs/masks.md", "docs/performance.md"),
+    *("export/README.md", "dualdiff_engine/demo/README.md"),
+)
 _SLOT = re.compile(r"(<!-- record (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -52,8 +52,8 @@ struct Pair {
     static Ints join(Floats even, Floats odd) {
         const Halves32 interleave = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        return Ints(_mm512_permutexvar_epi16((__m512i)interleave,
-                                             (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+        return Ints(
+            _mm512_permutexvar_epi16((__m512i)interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
     }
 
   private:
@@ -61,18 +61,18 @@ struct Pair {
 };
 #endif
 
-// tile[row][lane] = sum over steps of left[row, step] * right[step][lane]
+// tile[row][lane] = sum over steps of rows[row, step] * lanes[step][lane]
 template <class Product, int HEIGHT>
-inline void multiply(const uint32_t* left, int64_t row_stride, int64_t step_stride,
-                     const uint32_t* right, int64_t steps, Floats (&tile)[HEIGHT][COLUMNS]) {
+inline void multiply(const uint32_t* rows, int64_t row_stride, int64_t step_stride,
+                     const uint32_t* lanes, int64_t steps, Floats (&tile)[HEIGHT][COLUMNS]) {
     for (int row = 0; row < HEIGHT; ++row)
         for (int column = 0; column < COLUMNS; ++column) tile[row][column] = Floats{};
-    for (int64_t step = 0; step < steps; ++step, left += step_stride, right += LANES) {
+    for (int64_t step = 0; step < steps; ++step, rows += step_stride, lanes += LANES) {
         Ints columns[COLUMNS];
         for (int column = 0; column < COLUMNS; ++column)
-            memcpy(&columns[column], right + column * WIDTH, sizeof(Ints));
+            memcpy(&columns[column], lanes + column * WIDTH, sizeof(Ints));
         for (int row = 0; row < HEIGHT; ++row) {
-            Ints value = splat(int32_t(left[row * row_stride]));
+            Ints value = splat(int32_t(rows[row * row_stride]));
             for (int column = 0; column < COLUMNS; ++column)
                 tile[row][column] =
                     Product::multiply_add(value, columns[column], tile[row][column]);
@@ -89,45 +89,48 @@ inline void for_tiles(int64_t first, int64_t count, const Act& act) {
     }
 }
 
-// scores[key][lane], and their maximum so far
+// scores[key][lane], and the maximum of the block so far
 template <class Product>
 struct ScoreTiles {
-    const uint32_t *keys, *queries;
+    const uint32_t* keys;     // [KEY_BLOCK][words]
+    const uint32_t* queries;  // [words][LANES]
     int64_t words;
-    float *scores, *top;
+    float* scores;     // [KEY_BLOCK][LANES]
+    float* block_max;  // [LANES]
 
     template <int HEIGHT>
     void run(int64_t first) const {
         Floats tile[HEIGHT][COLUMNS];
         multiply<Product>(keys + first * words, words, 1, queries, words, tile);
         for (int column = 0; column < COLUMNS; ++column) {
-            Floats best = load(top + column * WIDTH);
+            Floats largest = load(block_max + column * WIDTH);
             for (int row = 0; row < HEIGHT; ++row) {
-                best = maximum(best, tile[row][column]);
+                largest = maximum(largest, tile[row][column]);
                 store(scores + (first + row) * LANES + column * WIDTH, tile[row][column]);
             }
-            store(top + column * WIDTH, best);
+            store(block_max + column * WIDTH, largest);
         }
     }
 };
 
-// out[channel][lane] = decay * out + sum over keys of value * weight
+// accumulator[channel][lane] = alpha * accumulator + sum over keys of value * weight
 template <class Product>
 struct ValueTiles {
-    const uint32_t *values, *weights;
+    const uint32_t* values;   // [steps][width]
+    const uint32_t* weights;  // [steps][LANES]
     int64_t steps, width;
-    const float* decay;
-    float* out;
+    const float* alpha;  // [LANES]
+    float* accumulator;  // [width][LANES]
 
     template <int HEIGHT>
     void run(int64_t first) const {
         Floats tile[HEIGHT][COLUMNS];
         multiply<Product>(values + first, 1, width, weights, steps, tile);
         for (int column = 0; column < COLUMNS; ++column) {
-            Floats factor = load(decay + column * WIDTH);
+            Floats fade = load(alpha + column * WIDTH);
             for (int row = 0; row < HEIGHT; ++row) {
-                float* place = out + (first + row) * LANES + column * WIDTH;
-                store(place, multiply_add(load(place), factor, tile[row][column]));
+                float* place = accumulator + (first + row) * LANES + column * WIDTH;
+                store(place, multiply_add(load(place), fade, tile[row][column]));
             }
         }
     }
@@ -138,12 +141,16 @@ struct AttentionScratch {
     int64_t words;         // of a row of queries or keys
     int64_t padded_words;  // the same, whole transposed blocks
 
-    // [blocks][padded_words][LANES], [KEY_BLOCK][words], [KEY_BLOCK][width], [KEY_BLOCK][LANES]
-    uint32_t *queries, *keys, *values, *weights;
-    // [WIDTH][padded_words]
-    uint32_t* staging;
-    // [blocks][width][LANES], then [blocks][LANES] each, then [LANES] each
-    float *out, *maxima, *sums, *top, *decay;
+    uint32_t* queries;   // [blocks][padded_words][LANES]
+    uint32_t* keys;      // [KEY_BLOCK][words]
+    uint32_t* values;    // [KEY_BLOCK][width]
+    uint32_t* weights;   // [KEY_BLOCK][LANES]; the scores before
+    uint32_t* staging;   // [WIDTH][padded_words]
+    float* accumulator;  // [blocks][width][LANES]
+    float* running_max;  // [blocks][LANES], in base two
+    float* running_sum;  // [blocks][LANES]
+    float* block_max;    // [LANES], of scores as they are
+    float* alpha;        // [LANES], what earlier sums are multiplied by
 
     uintptr_t end;
 
@@ -157,11 +164,11 @@ struct AttentionScratch {
         take(values, KEY_BLOCK * a.width);
         take(weights, KEY_BLOCK * LANES);
         take(staging, WIDTH * padded_words);
-        take(out, a.width * lanes);
-        take(maxima, lanes);
-        take(sums, lanes);
-        take(top, LANES);
-        take(decay, LANES);
+        take(accumulator, a.width * lanes);
+        take(running_max, lanes);
+        take(running_sum, lanes);
+        take(block_max, LANES);
+        take(alpha, LANES);
     }
 
   private:
@@ -189,14 +196,14 @@ class AttentionItem {
 
     void run() {
         for (int64_t block = 0; block < blocks; ++block) pack_queries(block);
-        memset(s.out, 0, blocks * a.width * LANES * sizeof(float));
+        memset(s.accumulator, 0, blocks * a.width * LANES * sizeof(float));
         for (int64_t lane = 0; lane < blocks * LANES; ++lane) {
-            s.maxima[lane] = -__builtin_inff();
-            s.sums[lane] = 0;
+            s.running_max[lane] = -__builtin_inff();
+            s.running_sum[lane] = 0;
         }
-        int64_t total = a.key.length + a.more_key.length;
-        for (int64_t first = 0; first < total; first += KEY_BLOCK) {
-            int64_t count = least(KEY_BLOCK, total - first);
+        int64_t length = a.key.length + a.more_key.length;
+        for (int64_t first = 0; first < length; first += KEY_BLOCK) {
+            int64_t count = least(KEY_BLOCK, length - first);
             pack_keys(first, count);
             pack_values(first, count);
             for (int64_t block = 0; block < blocks; ++block) attend(block, count);
@@ -265,28 +272,28 @@ class AttentionItem {
 
     void attend(int64_t block, int64_t count) {
         const uint32_t* packed = s.queries + block * s.padded_words * LANES;
-        for (int64_t lane = 0; lane < LANES; ++lane) s.top[lane] = -__builtin_inff();
+        for (int64_t lane = 0; lane < LANES; ++lane) s.block_max[lane] = -__builtin_inff();
         float* scores = reinterpret_cast<float*>(s.weights);
-        for_tiles(0, count, ScoreTiles<Product>{s.keys, packed, s.words, scores, s.top});
-        weigh(block, count);
+        for_tiles(0, count, ScoreTiles<Product>{s.keys, packed, s.words, scores, s.block_max});
+        online_softmax_update(block, count);
         int64_t steps = (count + Product::VALUES - 1) / Product::VALUES;
-        float* out = s.out + block * a.width * LANES;
+        float* accumulator = s.accumulator + block * a.width * LANES;
         for_tiles(0, a.width,
-                  ValueTiles<Product>{s.values, s.weights, steps, a.width, s.decay, out});
+                  ValueTiles<Product>{s.values, s.weights, steps, a.width, s.alpha, accumulator});
     }
 
-    // scores -> exp2(scale * score - maximum), in place; maxima, sums and the decay of what came
-    // before
-    void weigh(int64_t block, int64_t count) {
-        float* maxima = s.maxima + block * LANES;
-        float* sums = s.sums + block * LANES;
-        Floats top[COLUMNS], sum[COLUMNS];
+    // Takes a block of scores into running_max and running_sum, and sets alpha. In place, scores
+    // become weights, exp2(scale * score - running_max).
+    void online_softmax_update(int64_t block, int64_t count) {
+        float* running_max = s.running_max + block * LANES;
+        float* running_sum = s.running_sum + block * LANES;
+        Floats new_max[COLUMNS], sum[COLUMNS];
         for (int column = 0; column < COLUMNS; ++column) {
             int64_t lane = column * WIDTH;
-            Floats before = load(maxima + lane);
-            top[column] = maximum(before, load(s.top + lane) * scale);
-            store(maxima + lane, top[column]);
-            store(s.decay + lane, exp2<6>(before - top[column]));
+            Floats old_max = load(running_max + lane);
+            new_max[column] = maximum(old_max, load(s.block_max + lane) * scale);
+            store(running_max + lane, new_max[column]);
+            store(s.alpha + lane, exp2<6>(old_max - new_max[column]));
             sum[column] = Floats{};
         }
         for (int64_t key = 0; key < count; key += Product::VALUES) {
@@ -298,7 +305,7 @@ class AttentionItem {
                     Floats score;
                     memcpy(&score, place + i * LANES, sizeof score);
                     weights[i] = exp2<EXP2_DEGREE<Element>>(
-                        multiply_add(score, splat(scale), -top[column]));
+                        multiply_add(score, splat(scale), -new_max[column]));
                     sum[column] += weights[i];
                 }
                 Ints joined = Product::join(weights[0], weights[1]);
@@ -308,29 +315,30 @@ class AttentionItem {
         }
         for (int column = 0; column < COLUMNS; ++column) {
             int64_t lane = column * WIDTH;
-            store(sums + lane, multiply_add(load(sums + lane), load(s.decay + lane), sum[column]));
+            store(running_sum + lane,
+                  multiply_add(load(running_sum + lane), load(s.alpha + lane), sum[column]));
         }
     }
 
     void write(int64_t block) {
         Element* out = static_cast<Element*>(a.out);
-        const float* from = s.out + block * a.width * LANES;
+        const float* from = s.accumulator + block * a.width * LANES;
         for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
             int64_t query = block * LANES + lane;
-            Floats inverse = 1.0f / load(s.sums + query);
+            Floats normalizer = 1.0f / load(s.running_sum + query);
             for (int64_t channel = 0; channel < a.width; channel += WIDTH) {
                 Floats square[WIDTH] = {};
                 for (int i = 0; i < WIDTH; ++i)
                     if (channel + i < a.width)
-                        square[i] = load(from + (channel + i) * LANES + lane) * inverse;
+                        square[i] = load(from + (channel + i) * LANES + lane) * normalizer;
                 transpose(square);
-                int64_t left = a.width - channel;
+                int64_t remaining = a.width - channel;
                 for (int i = 0; i < WIDTH; ++i) {
                     if (query + i >= queries) break;
                     int64_t position = row * a.query.length + first_query + query + i;
                     Element* to = out + position * a.heads * a.width + offset + channel;
-                    if (left < WIDTH)
-                        store(to, square[i], Part{left});
+                    if (remaining < WIDTH)
+                        store(to, square[i], Part{remaining});
                     else
                         store(to, square[i]);
                 }

@@ -22,15 +22,13 @@ constexpr int64_t POSITION_BLOCK = 64;
 // [batch, length, heads * width]: strides in elements, heads next to each other in a row.
 struct Rows {
     const void* data;
-    int64_t batch_stride;
-    int64_t row_stride;
+    int64_t batch_stride, row_stride;
     int64_t length;
 };
 
 struct Attention {
     Rows query, key, value, more_key, more_value;
-    // contiguous [batch, query.length, heads * width]
-    void* out;
+    void* out;  // contiguous [batch, query.length, heads * width]
     int64_t batch, heads, width;
     bool bf16;
 
@@ -38,30 +36,29 @@ struct Attention {
     int64_t items() const { return batch * heads * chunks(); }
 };
 
-// A run of rows of the exchange. Of [2, M, channels], branch 1 is `branch_stride` elements after
-// branch 0; what lives only between two products is contiguous, `count` rows.
+// `count` consecutive rows of the exchange. Of [2, M, channels], branch 1 is `branch_stride`
+// elements after branch 0; tensors that live only between two products are contiguous.
 struct Exchange {
-    const void *input, *residual;
-    void* out;
+    const void* input;     // [2, M, channels]
+    const void* residual;  // [2, M, channels]
+    void* out;             // [2, M, channels]
     int64_t branch_stride;
-    // [count, channels]: the difference of the normalised branches, and its product with M
-    void* difference;
-    const void* projected;
-    const float* gate_bias;
-    // [count, 2, 2]: mean and reciprocal deviation of each branch's row
-    float* moments;
-    // [2, count, channels]: the gated mix, and its product with V
-    void* mixed;
-    const void* product;
+    void* difference;        // [count, channels], of the normalised branches
+    const void* projected;   // [count, channels], difference times M
+    const float* gate_bias;  // [channels]
+    float* moments;          // [count, 2, 2], mean and reciprocal deviation of each branch's row
+    void* mixed;             // [2, count, channels], the gated mix
+    const void* product;     // [2, count, channels], mixed times V
     int64_t count, channels;
     float eps;
     bool bf16;
 };
 
 struct GroupNorm {
-    const void* input;
-    void* out;
-    const float *weight, *bias;
+    const void* input;    // [batch, positions, channels]
+    void* out;            // [batch, positions, channels]
+    const float* weight;  // [channels]
+    const float* bias;    // [channels]
     int64_t batch, positions, channels, groups;
     double eps;
     bool bf16;
@@ -77,10 +74,11 @@ struct Level {
     int64_t (*attention_scratch)(const Attention&);
     void (*attention)(const Attention&, int64_t item, void* scratch);
 
-    // one block of positions: its sums and sums of squares [2, channels]; then its output
+    // one block of positions: its sums and sums of squares [2, channels]; then its output, for
+    // scale and shift [channels]
     void (*block_moments)(const GroupNorm&, int64_t row, int64_t block, float* sums);
-    void (*scale_shift_silu)(
-        const GroupNorm&, int64_t row, int64_t block, const float* scale, const float* shift);
+    void (*scale_shift_silu)(const GroupNorm&, int64_t row, int64_t block, const float* scale,
+                             const float* shift);
 
     // one row each
     void (*normalise_difference)(const Exchange&, int64_t row);

@@ -2,9 +2,7 @@
 
 #include <immintrin.h>
 
-namespace dualdiff::avx512 {
-bool available();
-}
+namespace dualdiff::avx512 { bool available(); }
 
 namespace dualdiff::avx512_bf16 {
 // runs on any processor: before the target is set

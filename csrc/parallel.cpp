@@ -47,7 +47,7 @@ void attention(const Level& level, const Attention& arguments, int threads) {
         level.attention(arguments, item, scratch.of_thread());
 }
 
-// scale and shift [batch, 2, channels] of one group from the sums [batch, blocks, 2, channels]
+// scale_shift [batch, 2, channels] of one group from sums [batch, blocks, 2, channels]
 static void finish_moments(const GroupNorm& g, int64_t row, int64_t group, const float* sums,
                            float* scale_shift) {
     int64_t width = g.channels / g.groups, first = group * width;
@@ -61,10 +61,10 @@ static void finish_moments(const GroupNorm& g, int64_t row, int64_t group, const
     }
     double count = double(g.positions) * double(width), mean = sum / count;
     double variance = std::fmax(square / count - mean * mean, 0.0);
-    double reciprocal = 1 / std::sqrt(variance + g.eps);
+    double rstd = 1 / std::sqrt(variance + g.eps);
     float* scale = scale_shift + row * 2 * g.channels;
     for (int64_t channel = first; channel < first + width; ++channel) {
-        double factor = g.weight[channel] * reciprocal;
+        double factor = g.weight[channel] * rstd;
         scale[channel] = float(factor);
         scale[g.channels + channel] = float(g.bias[channel] - mean * factor);
     }

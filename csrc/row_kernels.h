@@ -6,7 +6,7 @@
 
 namespace dualdiff::DUALDIFF_LEVEL {
 
-// Sums and sums of squares over the positions of a block, one lane per channel.
+// sums [2, channels]: sums and sums of squares over the positions of a block.
 template <class Element>
 void block_moments_of(const GroupNorm& g, int64_t row, int64_t block, float* sums) {
     int64_t first = block * POSITION_BLOCK, last = least(first + POSITION_BLOCK, g.positions);
@@ -14,11 +14,11 @@ void block_moments_of(const GroupNorm& g, int64_t row, int64_t block, float* sum
     const Element* from = input + (row * g.positions + first) * g.channels;
     memset(sums, 0, 2 * g.channels * sizeof(float));
     // four positions per visit of the sums, which are in memory
-    for (int64_t left = last - first; left > 0; left -= 4, from += 4 * g.channels) {
+    for (int64_t remaining = last - first; remaining > 0; remaining -= 4, from += 4 * g.channels) {
         for_vectors(g.channels, [&](int64_t channel, auto lanes) {
             Floats sum = load(sums + channel, lanes);
             Floats square = load(sums + g.channels + channel, lanes);
-            for (int64_t i = 0; i < 4 && i < left; ++i) {
+            for (int64_t i = 0; i < 4 && i < remaining; ++i) {
                 Floats x = load(from + i * g.channels + channel, lanes);
                 sum += x;
                 square = multiply_add(x, x, square);
@@ -29,9 +29,10 @@ void block_moments_of(const GroupNorm& g, int64_t row, int64_t block, float* sum
     }
 }
 
+// out = silu(input * scale + shift) at the positions of a block; scale and shift [channels].
 template <class Element>
-void scale_shift_silu_of(
-    const GroupNorm& g, int64_t row, int64_t block, const float* scale, const float* shift) {
+void scale_shift_silu_of(const GroupNorm& g, int64_t row, int64_t block, const float* scale,
+                         const float* shift) {
     int64_t first = block * POSITION_BLOCK, last = least(first + POSITION_BLOCK, g.positions);
     for (int64_t position = first; position < last; ++position) {
         int64_t offset = (row * g.positions + position) * g.channels;
@@ -46,9 +47,11 @@ void scale_shift_silu_of(
 }
 
 struct Moments {
-    float mean, reciprocal_deviation;
+    // the second is the reciprocal of the standard deviation
+    float mean, rstd;
 };
 
+// from [channels]
 template <class Element>
 Moments moments_of(const Element* from, int64_t channels, float eps) {
     Floats sum{}, square{};
@@ -57,7 +60,7 @@ Moments moments_of(const Element* from, int64_t channels, float eps) {
     for_vectors(channels, [&](int64_t channel, auto lanes) {
         Floats centred = load(from + channel, lanes) - splat(mean);
         // what a part leaves out loads as zero, not as the mean
-        square = multiply_add(centred, keep(centred, lanes), square);
+        square = multiply_add(centred, zero_outside(centred, lanes), square);
     });
     return {mean, 1.0f / __builtin_sqrtf(sum_of_lanes(square) / channels + eps)};
 }
@@ -65,19 +68,19 @@ Moments moments_of(const Element* from, int64_t channels, float eps) {
 // One row of both branches, normalised on the fly.
 template <class Element>
 struct NormedPair {
-    const Element* input[2];
+    const Element* input[2];  // [channels] each
     Moments moments[2];
 
     NormedPair(const Exchange& e, int64_t row) {
         for (int branch = 0; branch < 2; ++branch)
-            input[branch] = static_cast<const Element*>(e.input) + branch * e.branch_stride +
-                            row * e.channels;
+            input[branch] =
+                static_cast<const Element*>(e.input) + branch * e.branch_stride + row * e.channels;
     }
 
     template <class Lanes>
     Floats at(int branch, int64_t channel, Lanes lanes) const {
         Moments m = moments[branch];
-        return (load(input[branch] + channel, lanes) - m.mean) * m.reciprocal_deviation;
+        return (load(input[branch] + channel, lanes) - m.mean) * m.rstd;
     }
 };
 
@@ -104,9 +107,10 @@ void mix_of(const Exchange& e, int64_t row) {
         Floats own = pair.at(0, channel, lanes), other = pair.at(1, channel, lanes);
         // lanes left out have no weight and no bias
         Floats weight = load(projected + channel, lanes);
-        Floats shared = (own - other) * load(e.gate_bias + channel, lanes);
-        scores[0] += multiply_add(own, weight, shared);
-        scores[1] += multiply_add(other, weight, shared);
+        // m·d, the same for both branches
+        Floats offset = (own - other) * load(e.gate_bias + channel, lanes);
+        scores[0] += multiply_add(own, weight, offset);
+        scores[1] += multiply_add(other, weight, offset);
     });
     Floats gates[2];
     for (int branch = 0; branch < 2; ++branch)
@@ -142,8 +146,8 @@ inline void block_moments(const GroupNorm& g, int64_t row, int64_t block, float*
     (g.bf16 ? block_moments_of<Bf16> : block_moments_of<float>)(g, row, block, sums);
 }
 
-inline void scale_shift_silu(
-    const GroupNorm& g, int64_t row, int64_t block, const float* scale, const float* shift) {
+inline void scale_shift_silu(const GroupNorm& g, int64_t row, int64_t block, const float* scale,
+                             const float* shift) {
     (g.bf16 ? scale_shift_silu_of<Bf16> : scale_shift_silu_of<float>)(g, row, block, scale, shift);
 }
 
@@ -151,12 +155,8 @@ inline void normalise_difference(const Exchange& e, int64_t row) {
     (e.bf16 ? normalise_difference_of<Bf16> : normalise_difference_of<float>)(e, row);
 }
 
-inline void mix(const Exchange& e, int64_t row) {
-    (e.bf16 ? mix_of<Bf16> : mix_of<float>)(e, row);
-}
+inline void mix(const Exchange& e, int64_t row) { (e.bf16 ? mix_of<Bf16> : mix_of<float>)(e, row); }
 
-inline void add(const Exchange& e, int64_t row) {
-    (e.bf16 ? add_of<Bf16> : add_of<float>)(e, row);
-}
+inline void add(const Exchange& e, int64_t row) { (e.bf16 ? add_of<Bf16> : add_of<float>)(e, row); }
 
 }  // namespace dualdiff::DUALDIFF_LEVEL

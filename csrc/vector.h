@@ -88,8 +88,8 @@ inline void store(Element* to, Floats value, Part part) {
     for (int64_t lane = 0; lane < part.count; ++lane) to[lane] = lanes[lane];
 }
 
-inline Floats keep(Floats value, Whole) { return value; }
-inline Floats keep(Floats value, Part part) {
+inline Floats zero_outside(Floats value, Whole) { return value; }
+inline Floats zero_outside(Floats value, Part part) {
     for (int64_t lane = part.count; lane < WIDTH; ++lane) value[lane] = 0;
     return value;
 }

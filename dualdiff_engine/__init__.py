@@ -23,6 +23,7 @@ _HOME = {
     "DualDiffError": "dualdiff_engine.errors",
     "OutOfMemoryError": "dualdiff_engine.errors",
     "OutputError": "dualdiff_engine.errors",
+    "PairError": "dualdiff_engine.errors",
     "SegmenterError": "dualdiff_engine.errors",
     "SettingsError": "dualdiff_engine.errors",
     "TrainingError": "dualdiff_engine.errors",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dualdiff_engine.errors import DualDiffError as DualDiffError
     from dualdiff_engine.errors import OutOfMemoryError as OutOfMemoryError
     from dualdiff_engine.errors import OutputError as OutputError
+    from dualdiff_engine.errors import PairError as PairError
     from dualdiff_engine.errors import SegmenterError as SegmenterError
     from dualdiff_engine.errors import SettingsError as SettingsError
     from dualdiff_engine.errors import TrainingError as TrainingError

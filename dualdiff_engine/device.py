@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,34 @@ def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
+@contextmanager
+def numerics(device: torch.device, tf32: bool) -> Iterator[None]:
+    """On a GPU, within the block: cuDNN measures its kernels, and float32 is TF32 only if asked.
+
+    PyTorch's own settings let cuDNN round float32 to TF32, 10 bits. They hold for the process and
+    are restored afterwards, whatever happens. On a CPU nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, tf32, tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def tf32_of(tf32: bool, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether float32 may be rounded to TF32. Raises SettingsError where there is no such thing."""
+    if tf32 and (device.type != "cuda" or dtype != torch.float32):
+        raise SettingsError(
+            f"tf32 is for float32 on a GPU; the engine is {dtype} on {device}: leave it out"
+        )
+    return tf32
+
+
 def devices() -> dict[str, Any]:
     """The devices of this machine by PyTorch's name, JSON-ready."""
     found: dict[str, Any] = {"cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()}}
@@ -85,21 +116,53 @@ def release_freed_blocks() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+# how libraries say on a CPU that memory ran out: PyTorch, safetensors' mapping, ONNX Runtime, C++,
+# oneDNN, the operating system
+_OUT_OF_MEMORY = re.compile(
+    r"not enough memory|can't allocate memory|cannot allocate memory|DefaultCPUAllocator"
+    r"|unable to mmap|failed to allocate memory|bad_alloc|out of memory"
+    r"|could not create a memory|could not create a primitive$",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch failed to allocate; on a CPU it says so only in words."""
-    words = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator")
+    """Whether memory ran out; on a CPU libraries say so only in words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, RuntimeError | OSError | ValueError)
+        and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 
 def spare_bytes(device: torch.device) -> int:
-    """Bytes that may be spent on caching: a quarter of what is free now."""
+    """Bytes that may be spent on caching: a quarter of what is free now.
+
+    On a CPU the limit of the container counts where it is below the machine's.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 4
+    free = [x for x in (_free_in_machine(), _free_in_container()) if x is not None]
+    return min(free, default=4 << 30) // 4
+
+
+def _free_in_machine() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
+        return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 1 << 30
+        return None
+
+
+def _free_in_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a cgroup leaves, version 2 or 1; None without a limit."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            # "max" where there is no limit
+            return max(0, int((root / limit).read_text()) - int((root / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return None

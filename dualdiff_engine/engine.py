@@ -16,17 +16,19 @@ from dualdiff_engine import adapters
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BUNDLE, BaseModel
-from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
+from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks, numerics, tf32_of
 from dualdiff_engine.errors import BackendError, BaseModelError, SettingsError
+from dualdiff_engine.model import binding, tuning
 from dualdiff_engine.model import cuda_graph as graphs
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import Ops, bind
-from dualdiff_engine.pair import Facts, Pair
+from dualdiff_engine.pair import Facts, Fault, Pair
 from dualdiff_engine.pipeline import generate as pipeline
 from dualdiff_engine.pipeline.background import BankStore
-from dualdiff_engine.pipeline.generate import Run
+from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock
+from dualdiff_engine.pipeline.generate import Resumed, Run
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
     Background,
@@ -72,7 +74,9 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         max_batch: int,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = False,
+        tune: str = "auto",
+        tf32: bool = False,
         *,
         denoiser: Denoiser | None = None,
         text_encoder: TextEncoder | None = None,
@@ -81,19 +85,28 @@ class Engine:
         """denoiser, text_encoder, vae: run in place of the base model's own."""
         self.base, self.ops, self.device, self.dtype = base, ops, device, dtype
         self.max_batch = max_batch
+        self.tf32 = tf32
+        # where the network calls its ops, if what serves them differs by shape
+        self._places: tuning.Places = {}
         self.text_encoder = text_encoder or TextEncoder(*base.load_text())
-        # half precision overflows in this VAE's decoder
-        half = dtype == torch.float16
-        self.vae = vae or base.load_vae(device, torch.float32 if half else dtype)
+        # fp16 overflows in this decoder; bf16 that is computed in fp32 gains nothing by rounding
+        wide = dtype == torch.float16 or ops.widened
+        self.vae = vae or base.load_vae(device, torch.float32 if wide else dtype)
         # what the loop calls: the network, its captured graphs, or what was handed in
-        self.denoiser: Denoiser = denoiser or self._network(cuda_graph)
+        self.denoiser: Denoiser = denoiser or self._network(cuda_graph, tune)
         self._residents: dict[str, Resident] = {}
         self._active: str | None = None
         self.interrupted = False
         self._banks = BankStore()
+        self._busy, self._batches = BusyLock(), BatchMemory()
 
-    def _network(self, cuda_graph: bool) -> Denoiser:
+    def _network(self, cuda_graph: bool | None, tune: str) -> Denoiser:
         """The base's UNet as coupled branches, folded; no adapter is loaded yet."""
+        tokens = self.text_encoder.tokenizer.model_max_length
+        network = tuning.Network(self.base.unet_config, self.base.sample_size, tokens)
+        self.ops, self._places = tuning.settle(
+            self.ops, network, self.device, self.dtype, self.max_batch, tune
+        )
         self.unet = DualUNet(self.base.unet_config, self.ops, background=True)
         self.denoiser = self.unet
         self._load(fold.fold_network(self.base.unet, self.device, self.dtype))
@@ -102,7 +115,9 @@ class Engine:
                 f"the base UNet lacks {fold.diffusers_name(lacking[0])} "
                 f"({len(lacking)} tensors in all): download it again"
             )
-        return GraphedDenoiser(self.unet) if cuda_graph else self.unet
+        if cuda_graph is False or not graphs.wanted(cuda_graph, self.device):
+            return self.unet
+        return GraphedDenoiser(self.unet, required=cuda_graph is True)
 
     @classmethod
     def from_pretrained(
@@ -112,9 +127,11 @@ class Engine:
         adapter: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
-        backend: str = "auto",
+        backend: str | Mapping[str, str] = "auto",
         cuda_graph: bool | None = None,
         max_batch: int | None = None,
+        tune: str = "auto",
+        tf32: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -125,31 +142,39 @@ class Engine:
 
         base: a diffusers Stable Diffusion folder or a hub id. adapter: see `load_adapter`. dtype:
         float32, bfloat16, float16 or auto (fp32 on a CPU, bf16 on a GPU that has it). backend: auto
-        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or onnxruntime or
-        tensorrt, which run the denoiser of `exported`, a folder by `dualdiff export onnx`; trust:
-        also TensorRT engines that others built. cuda_graph: replay captured CUDA graphs, by default
-        where Triton serves attention on a GPU. max_batch: most pairs computed at once, by default 4
-        on a CPU and 32 on a GPU.
+        or a name that `dualdiff doctor` lists, or "op=name,…" for single ops, or the choice that a
+        recipe holds under "backends", or onnxruntime or tensorrt, which run the denoiser of
+        `exported`, a folder by `dualdiff export onnx`; trust: also TensorRT engines that others
+        built. cuda_graph: replay captured CUDA graphs, by default on every GPU where a replay gives
+        the network's own result. max_batch: most pairs computed at once, by default 4 on a CPU and
+        32 on a GPU. tune: auto measures, the first time on a GPU, which backend is fastest for each
+        call (about a minute; kept in the user's cache folder); never takes what was measured
+        before, by `dualdiff tune` too, else the usual choice. tf32: let a GPU round what float32
+        products and convolutions take to TF32, 10 bits, which is faster.
         Raises BaseModelError, AdapterError, BackendError, SettingsError.
         """
-        if exported is not None or backend in runtimes() or Path(base, BUNDLE).is_file():
-            return runtime(backend if backend in runtimes() else "onnxruntime").from_pretrained(
+        named = backend if isinstance(backend, str) else ""
+        if exported is not None or named in runtimes() or Path(base, BUNDLE).is_file():
+            return runtime(named if named in runtimes() else "onnxruntime").from_pretrained(
                 base, exported, backend, adapter, dtype, device, max_batch, allow_pickle, revision,
                 local_files_only, trust,
             )  # fmt: skip
+        tuning.check_mode(tune)
         device = device_of(device)
         dtype = dtype_of(dtype, device)
+        tf32_of(tf32, device, dtype)
         max_batch = max_batch_of(max_batch) or (32 if device.type == "cuda" else 4)
         ops = bind(backend, device=device, dtype=dtype)
-        graphed = graphs.wanted(cuda_graph, device, ops)
-        # the small file first: a wrong adapter is refused before gigabytes are read
+        # refused before gigabytes are read
+        graphs.wanted(cuda_graph, device)
+        # the small file first, for the same reason
         loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
         model = BaseModel(base, revision=revision, local_files_only=local_files_only)
         model.check()
         if device.type == "cpu":
             keep_freed_blocks()
         with torch.inference_mode():
-            engine = cls(model, ops, device, dtype, max_batch, graphed)
+            engine = cls(model, ops, device, dtype, max_batch, cuda_graph, tune, tf32)
             if loaded is not None:
                 engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
         return engine
@@ -198,25 +223,32 @@ class Engine:
         self.keep_folded(name, Resident(adapters.summary(adapter), folded, text))
 
     def keep_folded(self, name: str, folded: Resident) -> None:
-        """Keep an adapter that was folded elsewhere and make it the active one."""
-        self._load(folded.sites)
-        self._residents[name] = folded
-        self._activate(name)
+        """Keep an adapter that was folded elsewhere and make it the active one.
+
+        Raises SettingsError while pairs are drawn.
+        """
+        with self._busy.held():
+            self._load(folded.sites)
+            self._residents[name] = folded
+            self._activate(name)
 
     def set_adapter(self, name: str) -> None:
         """Make a resident adapter the active one: tensors are pointed at, nothing is computed."""
         if name not in self._residents:
             known = ", ".join(self._residents) or "none"
             raise SettingsError(f"no adapter {name!r} is loaded (loaded: {known})")
-        self._load(self._residents[name].sites)
-        self._activate(name)
+        with self._busy.held():
+            self._load(self._residents[name].sites)
+            self._activate(name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; if it is active, set another before generating."""
-        if self._residents.pop(name, None) is None:
+        if name not in self._residents:
             raise SettingsError(f"no adapter {name!r} is loaded")
-        if self._active == name:
-            self._activate(None)
+        with self._busy.held():
+            del self._residents[name]
+            if self._active == name:
+                self._activate(None)
 
     @property
     def adapters(self) -> list[str]:
@@ -251,6 +283,8 @@ class Engine:
         segmenter: str | Path | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        on_fault: Callable[[Fault], None] | None = None,
+        resume: Resumed | None = None,
         progress: bool = False,
     ) -> list[Pair]:
         """Draw pairs.
@@ -274,6 +308,9 @@ class Engine:
             output_type: "pil", "np" or "pt"; see `Pair`.
             callback_on_step_end: Called with (engine, step, timestep, {"latents": [B, 2, 4, h, w]})
                 after every step, as in diffusers; what it returns under "latents" goes on.
+            on_fault: Called with a `Fault` for every pair that came out unusable, which is then
+                left out. Default: raise PairError.
+            resume: Where the pairs go, a `FolderWriter`: what it holds is not drawn again.
             progress: Show a progress bar on stderr.
 
         Returns:
@@ -282,7 +319,9 @@ class Engine:
         Raises:
             SettingsError: A value is wrong. Nothing has been computed then.
             SegmenterError: The segmenter cannot be used.
-            OutOfMemoryError: A batch does not fit; the message names one that does.
+            PairError: A pair came out unusable: not finite, or of one colour.
+            OutOfMemoryError: Not even one pair fits. A larger batch is halved and drawn again.
+            OutputError: `resume` holds pairs of another recipe.
         """
         return list(
             self.stream(
@@ -302,6 +341,8 @@ class Engine:
                 segmenter=segmenter,
                 output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
+                on_fault=on_fault,
+                resume=resume,
                 progress=progress,
             )
         )
@@ -325,6 +366,8 @@ class Engine:
         segmenter: str | Path | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        on_fault: Callable[[Fault], None] | None = None,
+        resume: Resumed | None = None,
         progress: bool = False,
     ) -> Generator[Pair, None, None]:
         """As `generate`, but hand out each pair as soon as its batch is done.
@@ -347,10 +390,18 @@ class Engine:
             segmenter=segmenter,
             output_type=output_type,
             callback=partial(callback_on_step_end, self) if callback_on_step_end else None,
+            on_fault=on_fault,
+            resume=resume,
             progress=progress,
         )
-        self.interrupted = False
-        return pipeline.generate(run, request)
+        return self._until_interrupted(pipeline.generate(run, request))
+
+    def _until_interrupted(self, pairs: Generator[Pair, None, None]) -> Generator[Pair, None, None]:
+        """The pairs of a run; an interruption ends this run and no later one."""
+        try:
+            yield from pairs
+        finally:
+            self.interrupted = False
 
     def _run(self) -> Run:
         """The parts that draw pairs with the active adapter."""
@@ -360,7 +411,8 @@ class Engine:
             adapter={"source": resident.summary.file, "sha256": resident.summary.sha256},
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
-            backends={row.op: row.backend for row in self.ops.table},
+            backends=self.ops.recorded,
+            tf32=self.tf32,
         )
         return Run(
             denoiser=self.denoiser,
@@ -380,12 +432,18 @@ class Engine:
             adapter=name,
             trained_background=resident.summary.background,
             facts=facts,
-            is_active=lambda: self._active == name,
+            # by content: another file may have been loaded under the name
+            is_active=lambda: self._active == name and self._require_adapter() is resident,
             interrupted=lambda: self.interrupted,
+            busy=self._busy,
+            batches=self._batches,
         )
 
     def interrupt(self) -> None:
-        """Stop the running `generate` or `stream` after its current step; finished pairs stay."""
+        """Stop the running `generate` or `stream` after its current step; finished pairs stay.
+
+        Before one, the next one draws nothing: a Ctrl-C while a model loads is not lost.
+        """
         self.interrupted = True
 
     def close(self) -> None:
@@ -423,18 +481,22 @@ class Engine:
         dtype.
         """
         self._require_adapter()
-        time = self.denoiser.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
-        text = self.denoiser.text_inputs(context.to(self.device, self.dtype))
-        shares = None
-        if background_latents is not None:
-            shares = self.denoiser.background_shares(background_latents.to(self.device), time, text)
-        return self.denoiser(latents.to(self.device), time, text, shares)
+        shares, run = None, self.denoiser
+        with numerics(self.device, self.tf32):
+            time = run.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
+            text = run.text_inputs(context.to(self.device, self.dtype))
+            if background_latents is not None:
+                shares = run.background_shares(background_latents.to(self.device), time, text)
+            return run(latents.to(self.device), time, text, shares)
 
     # -----------------------------------------------------------------------------------------
 
     def _activate(self, name: str | None) -> None:
         self._active = name
         self._banks.clear()
+        if name is not None and self._places:
+            kind = "background" if self._residents[name].summary.background else "plain"
+            binding.rebind(self.unet, self.ops, self._places[kind])
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         try:

@@ -39,6 +39,20 @@ class TrainingError(DualDiffError, RuntimeError):
     """A training run cannot go on; the message holds the reason and the state that is left."""
 
 
+class PairError(DualDiffError, ArithmeticError):
+    """A pair came out unusable: not finite, or of one colour.
+
+    Attributes:
+        seed: of the pair.
+        reason: what is wrong with it and what to try.
+    """
+
+    def __init__(self, seed: int, reason: str) -> None:
+        self.seed = seed
+        self.reason = reason
+        super().__init__(f"the pair of seed {seed} cannot be used: {reason}")
+
+
 class OutOfMemoryError(DualDiffError, MemoryError):
     """A batch did not fit.
 

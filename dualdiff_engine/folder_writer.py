@@ -1,4 +1,4 @@
-"""Pairs -> numbered files, and a manifest that stays true through a crash."""
+"""Write pairs as numbered files with a manifest that stays correct after a crash."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from dualdiff_engine.errors import OutputError, SettingsError
-from dualdiff_engine.files import partial_name
-
-if TYPE_CHECKING:
-    from dualdiff_engine.pair import Pair
+from dualdiff_engine.files import partial_name, sync
+from dualdiff_engine.pair import Fault, Pair, same_recipe
+from dualdiff_engine.pictures import is_whole_png
 
 MANIFEST = "manifest.jsonl"
+QUARANTINE = "quarantine.jsonl"
 # what a pair consists of, each in a folder of its own, and the PIL mode it comes in
 KINDS = {"image": "RGB", "anomaly": "RGB", "mask": "L"}
 
-_HELD = "another run is writing there, wait for it or choose another folder"
+_HELD = "another run is writing to it, wait for it or choose another folder"
 _FULL = "free some space and run again; finished pairs are kept"
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL) | {errno.EAGAIN: _HELD}
 
@@ -49,16 +51,31 @@ class FolderWriter:
     """Writes `root/{image,anomaly,mask}/NNNNN.png` and one row per pair to `root/manifest.jsonl`.
 
     A context manager: entering checks the folder before anything is computed, and locks it. A run
-    that it holds is continued after its last row. A row has `index`, `files` (kind -> path relative
-    to root, with slashes), `seed`, `empty_mask` and `recipe`; it follows its files to the disk.
-    Entering raises OutputError when the folder cannot be written or is in use, when a symlink leads
-    out of it, and when its manifest is damaged or does not list its numbered pictures.
+    that it holds is continued: hand the writer to `Engine.stream(resume=…)`, and only the missing
+    pairs are drawn. A row has `index`, `files` (kind -> path relative to root, with slashes),
+    `seed`, `empty_mask` and `recipe`; it is written after its files. Pairs that came out
+    unusable are set aside in `root/quarantine.jsonl`, with the reason.
+
+    Args:
+        root: The folder; made if it is not there.
+        append: Whether pairs of another recipe may join those that are there.
+
+    Raises:
+        OutputError: On entering, when the folder cannot be written or is in use, when a symlink
+            leads out of it, or when its manifest is damaged or does not list its numbered pictures.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | Path, *, append: bool = False) -> None:
+        if not str(root):
+            raise SettingsError("the output folder has no name: pass a path")
+        self.root, self.append = Path(root), append
+        # of pairs that the last `missing` found in the folder, and of those set aside there
+        self.present = self.set_aside = 0
         self._next = 0
         self._manifest: io.FileIO | None = None
+        self._rows: list[Row] = []
+        # rows whose pictures are gone or damaged, by seed: their pairs are drawn again
+        self._lost: dict[int, Row] = {}
 
     def __enter__(self) -> FolderWriter:
         path = self.root / MANIFEST
@@ -68,7 +85,8 @@ class FolderWriter:
                 self._refuse_pictures_from(0)
             manifest = opened.enter_context(path.open("a+b", buffering=0))
             lock(manifest)
-            self._next = _repair(path, manifest)
+            self._rows = _repair(path, manifest)
+            self._next = max((row.index + 1 for row in self._rows), default=0)
             # the next number itself may be there: a pair whose row was never written
             self._refuse_pictures_from(self._next + 1)
             opened.pop_all()
@@ -80,22 +98,70 @@ class FolderWriter:
             self._manifest.close()
             self._manifest = None
 
-    def write(self, pair: Pair) -> int:
-        """Commit a pair of output_type "pil", all of it or nothing; returns its index.
+    def missing(self, recipe: Mapping[str, Any], seeds: Sequence[int], free: bool) -> list[int]:
+        """The seeds whose pairs are not in the folder yet.
 
-        Raises SettingsError for another output_type, OutputError when a file cannot be written.
+        Args:
+            recipe: What the pairs of the run share.
+            seeds: What was asked for, in order.
+            free: Whether only their number was asked for: pairs that are there count.
+
+        Raises:
+            OutputError: The folder holds pairs of another recipe, and `append` is off.
+            SettingsError: A seed is asked for twice.
+        """
+        if twice := [seed for seed, count in Counter(seeds).items() if count > 1]:
+            raise SettingsError(f"seed {twice[0]} is given twice: give every seed once")
+        own = [row for row in self._rows if not same_recipe(recipe, row.recipe)]
+        if len(own) < len(self._rows) and not self.append:
+            other = next(row for row in self._rows if same_recipe(recipe, row.recipe))
+            raise OutputError(
+                f"{self.root} holds pairs of another recipe (other "
+                f"{', '.join(same_recipe(recipe, other.recipe))}): choose another folder, or pass "
+                "append=True to add to it"
+            )
+        aside = [row for row in self._quarantined() if not same_recipe(recipe, row.recipe)]
+        self._lost = {row.seed: row for row in own if not self._whole(row)}
+        there = {row.seed for row in own} - set(self._lost)
+        gone = {row.seed for row in aside}
+        if free:
+            rest = max(0, len(seeds) - len(there) - len(self._lost))
+            wanted = [*self._lost, *(seed for seed in seeds if seed not in there | gone)][
+                : len(self._lost) + rest
+            ]
+            self.present, self.set_aside = min(len(there), len(seeds)), 0
+            return wanted if len(there) < len(seeds) else []
+        self.present = len(there & set(seeds))
+        self.set_aside = len(gone & set(seeds))
+        return [seed for seed in seeds if seed not in there | gone]
+
+    def write(self, pair: Pair) -> int:
+        """Write a pair, whole or not at all.
+
+        Args:
+            pair: generated with `output_type="pil"`.
+
+        Returns:
+            Its index, from 0.
+
+        Raises:
+            SettingsError: the pair has another output type.
+            OutputError: a file cannot be written.
         """
         assert self._manifest is not None, "use FolderWriter as a context manager"
-        index = self._next
+        lost = self._lost.pop(pair.seed, None)
+        index = self._next if lost is None else lost.index
         files = {kind: f"{kind}/{index:05d}.png" for kind in KINDS}
         contents = {self.root / file: _encode(pair, kind) for kind, file in files.items()}
         record = {name: getattr(pair, name) for name in ("seed", "empty_mask", "recipe")}
         line = json.dumps({"index": index, "files": files, **record}).encode() + b"\n"
+        self._check_manifest()
         end = os.fstat(self._manifest.fileno()).st_size
         try:
             _place(contents)
-            with _naming(self.root / MANIFEST):
-                _append(self._manifest, line)
+            if lost is None:
+                with _naming(self.root / MANIFEST):
+                    _append(self._manifest, line)
         except BaseException:
             # the row goes first: it must not outlive its files
             with suppress(OSError):
@@ -104,21 +170,55 @@ class FolderWriter:
                 with suppress(OSError):
                     path.unlink()
             raise
-        self._next += 1
+        self._next += lost is None
         return index
+
+    def quarantine(self, fault: Fault) -> None:
+        """Note a pair that came out unusable: `Engine.stream(on_fault=…)`. Raises OutputError."""
+        path = self.root / QUARANTINE
+        line = json.dumps({"seed": fault.seed, "reason": fault.reason, "recipe": fault.recipe})
+        with _naming(path), path.open("ab", buffering=0) as file:
+            _append(file, line.encode() + b"\n")
+        self.set_aside += 1
+
+    def _quarantined(self) -> list[Row]:
+        path = self.root / QUARANTINE
+        if not path.is_file():
+            return []
+        with _naming(path), path.open("rb") as lines:
+            rows = [_row_of(line, index=0) for line in lines]
+        return [row for row in rows if row is not None]
+
+    def _whole(self, row: Row) -> bool:
+        """Whether the pictures of a row are there and undamaged."""
+        return all(is_whole_png(self.root / f"{kind}/{row.index:05d}.png") for kind in KINDS)
+
+    def _check_manifest(self) -> None:
+        """Raises OutputError when the manifest was removed or replaced since it was opened."""
+        assert self._manifest is not None
+        path, own = self.root / MANIFEST, os.fstat(self._manifest.fileno())
+        try:
+            now = path.stat()
+        except OSError:
+            now = None
+        if now is None or (now.st_ino, now.st_dev) != (own.st_ino, own.st_dev):
+            raise OutputError(
+                f"{path} was removed or replaced while this run was writing: run again in a folder "
+                "of its own"
+            )
 
     def _make_folders(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for name in (*KINDS, MANIFEST):
+        for name in (*KINDS, MANIFEST, QUARANTINE):
             if (self.root / name).is_symlink():
-                raise OutputError(f"{self.root / name} is a symlink: choose another folder")
+                raise OutputError(f"{self.root / name} is a symbolic link: choose another folder")
         for kind in KINDS:
             (self.root / kind).mkdir(exist_ok=True)
             if not os.access(self.root / kind, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, f"{kind}/: {os.strerror(errno.EACCES)}")
 
     def _refuse_pictures_from(self, first: int) -> None:
-        """Numbered pictures that no run of ours can have left are somebody's: keep them."""
+        """Refuse numbered pictures that no run of ours can have written: they are somebody's."""
         for path in (path for kind in KINDS for path in (self.root / kind).iterdir()):
             if path.suffix == ".png" and path.stem.isdecimal() and int(path.stem) >= first:
                 raise OutputError(f"{path} is not listed in {MANIFEST}: choose another folder")
@@ -126,7 +226,7 @@ class FolderWriter:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """The system's errors as one line that names the path and what to do."""
+    """Turn errors of the system into one line that names the path and the remedy."""
     try:
         yield
     except OutputError:
@@ -136,38 +236,59 @@ def _naming(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
 
 
-def _repair(path: Path, manifest: io.FileIO) -> int:
-    """Mend the last line after a crash; returns the index that follows the rows."""
-    following = end = 0
+@dataclass(frozen=True)
+class Row:
+    """What a manifest says of a pair."""
+
+    index: int
+    seed: int
+    recipe: Mapping[str, Any]
+
+
+def _repair(path: Path, manifest: io.FileIO) -> list[Row]:
+    """The rows, the last line mended after a crash."""
+    rows, end = [], 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            index = _index_of(line)
-            if index is None and line.endswith(b"\n"):
+            row = _row_of(line)
+            if row is None and line.endswith(b"\n"):
                 raise OutputError(f"{path}: line {number} is damaged: choose another folder")
-            if index is None:
+            if row is None:
                 manifest.truncate(end)
                 break
-            following = max(following, index + 1)
+            rows.append(row)
             end += len(line)
             if not line.endswith(b"\n"):
                 manifest.write(b"\n")
                 break
-    return following
+    return rows
 
 
-def _index_of(line: bytes) -> int | None:
-    """The index of a manifest row, None if the line is not one."""
+def last_recipe(root: str | Path) -> dict[str, Any] | None:
+    """The recipe of the last pair in a folder, None where there is no pair."""
+    row: Row | None = None
+    with suppress(OSError), (Path(root) / MANIFEST).open("rb") as lines:
+        for line in lines:
+            row = _row_of(line) or row
+    return dict(row.recipe) if row is not None and row.recipe else None
+
+
+def _row_of(line: bytes, index: int | None = None) -> Row | None:
+    """A row of a manifest, None if the line is not one; index: where a line has none of its own."""
     try:
-        index = json.loads(line)["index"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads(line)
+        index = content["index"] if index is None else index
+        seed, recipe = content.get("seed", -1), content.get("recipe", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return index if type(index) is int and index >= 0 else None
+    fits = type(index) is int and index >= 0 and type(seed) is int and isinstance(recipe, dict)
+    return Row(index, seed, recipe) if fits else None
 
 
 def _encode(pair: Pair, kind: str) -> bytes:
     picture = getattr(pair, kind)
     if not isinstance(picture, Image.Image) or picture.mode != KINDS[kind]:
-        raise SettingsError("FolderWriter takes pairs generated with output_type='pil'")
+        raise SettingsError("FolderWriter needs pairs generated with output_type='pil'")
     pixels = np.asarray(picture)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
@@ -188,6 +309,10 @@ def _place(contents: dict[Path, bytes]) -> None:
     for target in contents:
         with _naming(target):
             partial_name(target).replace(target)
+    for folder in {target.parent for target in contents}:
+        # the names, too, are on the disk before the row that lists them
+        with _naming(folder):
+            sync(folder)
 
 
 def _append(manifest: io.FileIO, line: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import ChosenSampling, Prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+_PER_PAIR = {"seed", "mask"}
+_CIRCUMSTANCES = {"versions", "device", "backends"}
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors")
 
 
@@ -31,6 +34,7 @@ class Pair:
         mask: 255 on the defect, 0 elsewhere. `pil`: mode L. `np` or `pt`: uint8 [H, W].
         seed: Of the pair's noise.
         empty_mask: Whether the anomaly image shows no defect.
+        full_mask: Whether the mask covers the whole picture, which no defect does.
         recipe: Everything needed to reproduce the pair, JSON-ready.
     """
 
@@ -39,6 +43,19 @@ class Pair:
     mask: Any
     seed: int
     empty_mask: bool
+    recipe: dict[str, Any] = field(repr=False)
+    full_mask: bool = False
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A pair that came out unusable.
+
+    reason: what is wrong and what to try. recipe: what reproduces it.
+    """
+
+    seed: int
+    reason: str
     recipe: dict[str, Any] = field(repr=False)
 
 
@@ -81,7 +98,8 @@ def versions() -> dict[str, str]:
 class Facts:
     """What all pairs of an engine share: where they are drawn and with which weights.
 
-    base, adapter: source and sha256 of each. backends: op -> backend.
+    base, adapter: source and sha256 of each. backends: op, or op@class -> backend. tf32: whether
+    float32 products on a GPU were rounded to TF32.
     """
 
     base: Mapping[str, str]
@@ -89,6 +107,26 @@ class Facts:
     dtype: str
     device: str
     backends: Mapping[str, str]
+    tf32: bool = False
+
+
+def same_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Names of what differs between two recipes, other than their seeds and masks.
+
+    Where files lay and what the machine offered is no difference: the weights' hashes count, and
+    paths, versions, devices and backends do not.
+    """
+
+    def compared(recipe: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
+        # recipes of older versions do not say it
+        kept.setdefault("tf32", False)
+        for part in ("base", "adapter"):
+            kept[part] = (kept.get(part) or {}).get("sha256")
+        return json.loads(json.dumps(kept))
+
+    a, b = compared(ours), compared(theirs)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def describe(
@@ -112,6 +150,7 @@ def describe(
         "dtype": facts.dtype,
         "device": facts.device,
         "backends": dict(facts.backends),
+        "tf32": facts.tf32,
         "versions": versions(),
         "given": given,
         "segmenter": segmenter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,33 @@ def open_picture(picture: Any, name: str, mode: str) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.convert(mode)
     raise SettingsError(f"{name} must be a path, a PIL image or a uint8 array, got {type(picture)}")
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+# of a chunk: more is not read, whatever its length field says
+_MOST_CHUNK = 1 << 28
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG is there, ends where it says, and every chunk has its checksum.
+
+    Source: https://www.w3.org/TR/png-3/, chunk layout.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_PNG)) != _PNG:
+                return False
+            while len(head := file.read(8)) == 8:
+                length, kind = int.from_bytes(head[:4], "big"), head[4:]
+                body = file.read(min(length, _MOST_CHUNK))
+                checksum = int.from_bytes(file.read(4), "big")
+                if len(body) != length or zlib.crc32(kind + body) != checksum:
+                    return False
+                if kind == b"IEND":
+                    return True
+    except OSError:
+        return False
+    return False
 
 
 def overlay(image: Image.Image, mask: Image.Image) -> Image.Image:

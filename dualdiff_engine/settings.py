@@ -59,6 +59,12 @@ class Prompts:
         for name in ("image", "anomaly", "negative"):
             value = getattr(self, name)
             _require(isinstance(value, str), f"prompt {name!r} must be text, got {value!r}")
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise SettingsError(
+                    f"prompt {name!r} is not valid UTF-8 text: check the terminal's encoding"
+                ) from error
 
     @classmethod
     def of(cls, value: Prompts | tuple[str, str] | None) -> Prompts:
@@ -75,6 +81,8 @@ class Prompts:
 
 
 # what the released programs sample with: without a background, and with one
+# a guided step adds this many differences of two predictions; no one uses a tenth of it
+MOST_GUIDANCE = 1000
 PLAIN_STEPS, PLAIN_GUIDANCE = 100, 2.5
 BACKGROUND_STEPS, BACKGROUND_GUIDANCE = 50, 2.0
 
@@ -107,7 +115,7 @@ class Sampling:
             steps = _count("steps", self.steps, "a whole number from 1 to 1000", 1, 1000)
             object.__setattr__(self, "steps", steps)
         if self.guidance is not None:
-            object.__setattr__(self, "guidance", _finite("guidance", self.guidance))
+            object.__setattr__(self, "guidance", _guidance(self.guidance))
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is not None:
@@ -158,19 +166,17 @@ class ChosenSampling:
         return 2 if self.guided else 1
 
 
-def _finite(name: str, value: object) -> float:
-    """A finite number of Python or NumPy as Python's. Raises SettingsError."""
-    try:
-        # `True` is a number in Python, but not meant as one
-        number = math.nan if isinstance(value, bool) else float(_real(value))
-    except OverflowError:
-        number = math.inf
-    _require(math.isfinite(number), f"{name} must be a finite number, got {value!r}")
-    return number
-
-
-def _real(value: object) -> Any:
-    return value if isinstance(value, numbers.Real) else math.nan
+def _guidance(value: object) -> float:
+    """A guidance scale of Python or NumPy as Python's. Raises SettingsError."""
+    # `True` is a number in Python, but not meant as one
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number: Any = value if real else math.nan
+    _require(
+        # compared before it is converted: an int may be larger than any float
+        -MOST_GUIDANCE <= number <= MOST_GUIDANCE,
+        f"guidance must be a finite number up to {MOST_GUIDANCE}, got {value!r}",
+    )
+    return float(number)
 
 
 def sampling_of(

@@ -15,24 +15,32 @@ from dualdiff_engine.settings import size_from_text
 if TYPE_CHECKING:
     from dualdiff_engine.export.graph.write import ExportOptions
 
-export = typer.Typer(help="Artefacts that run without Python: ONNX, TensorRT, bundles.")
+export = typer.Typer(help="Export to ONNX, TensorRT, bundles and model repositories.")
 
-Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
+Base = Annotated[
+    str, typer.Option(help="Base model: a Stable Diffusion folder (diffusers) or hub id.")
+]
 Adapter = Annotated[Path, typer.Option(help="Adapter file, its folder, or checkpoint-N.")]
-Adapters = Annotated[list[Path], typer.Option("--adapter", help="Again for each further adapter.")]
-Out = Annotated[Path, typer.Option(help="A new folder.")]
+Adapters = Annotated[
+    list[Path], typer.Option("--adapter", help="Adapter; repeat the option for more adapters.")
+]
+Out = Annotated[Path, typer.Option(help="New folder to write.")]
 Precision = Annotated[
-    Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the denoiser.")
+    Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision of the denoiser.")
 ]
-Opset = Annotated[int, typer.Option(help="18 to 23; 23 keeps attention one operator.")]
-Size = Annotated[str | None, typer.Option(help="Pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
-Dynamic = Annotated[bool, typer.Option("--dynamic-size", help="Let the size vary.")]
-MaxBatch = Annotated[int, typer.Option(min=1, help="Most pairs a runner may pass.")]
-Batches = Annotated[str, typer.Option(help="Batches that the validation runs.")]
+Opset = Annotated[
+    int, typer.Option(help="ONNX opset, 18 to 23; 23 keeps attention as one operator.")
+]
+Size = Annotated[str | None, typer.Option(help="Size in pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
+Dynamic = Annotated[bool, typer.Option("--dynamic-size", help="Let the size vary at run time.")]
+MaxBatch = Annotated[int, typer.Option(min=1, help="Largest batch of pairs at run time.")]
+Batches = Annotated[str, typer.Option(help="Batch sizes used for validation.")]
 Operator = Annotated[
-    bool, typer.Option("--exchange-operator", help="Keep the exchange one operator of our own.")
+    bool, typer.Option("--exchange-operator", help="Keep the exchange as one operator of our own.")
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Open a .bin that you trust.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Open a .bin file that you trust.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -50,8 +58,8 @@ def _require(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise BackendError(
-                f"{package} is not installed: pip install 'dualdiff-engine[onnx]' brings what "
-                "exporting needs"
+                f"{package} is not installed; exporting needs it: pip install "
+                "'dualdiff-engine[onnx]'"
             )
 
 
@@ -61,7 +69,7 @@ def _say(quiet: bool) -> Any:
 
 def _numbers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
-        raise SettingsError(f"batch sizes must be numbers like 1,2,3, got {text!r}")
+        raise SettingsError(f"batch sizes must be numbers such as 1,2,3, got {text!r}")
     return tuple(int(part) for part in text.split(","))
 
 
@@ -115,7 +123,7 @@ def onnx(
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """A report as a table: the worst error of every graph beside its tolerance."""
+    """A report as a table: the largest error of every graph next to its tolerance."""
     rows = []
     for graph, about in report["graphs"].items():
         for adapter, row in about["adapters"].items():
@@ -131,12 +139,14 @@ def lines(report: dict[str, Any]) -> list[str]:
 def fold_adapter(
     base: Base,
     adapter: Adapter,
-    to: Annotated[Path, typer.Option(help="Export or bundle that it joins.")],
-    name: Annotated[str | None, typer.Option(help="By default the adapter's file name.")] = None,
+    to: Annotated[Path, typer.Option(help="Export or bundle to add the adapter to.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the adapter (default: its file name).")
+    ] = None,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fold another adapter for an export or bundle: the same tensors, other values."""
+    """Add another adapter to an export or bundle."""
     _require("onnx", "onnxruntime")
     from dualdiff_engine.export.folder.bundle import add_adapter
 
@@ -161,7 +171,7 @@ def bundle(
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one folder that `Engine.from_bundle` runs: ONNX, adapters, tokenizer, scheduler."""
+    """Write one folder for `Engine.from_bundle`: ONNX graphs, adapters, tokenizer, scheduler."""
     options = _options(precision, opset, size, dynamic_size, max_batch, batches, exchange_operator)
     from dualdiff_engine.export.folder.bundle import write_bundle
 
@@ -172,28 +182,34 @@ def bundle(
 
 @export.command()
 def tensorrt(
-    folder: Annotated[Path, typer.Argument(help="An export or bundle, in half precision.")],
+    folder: Annotated[Path, typer.Argument(help="Export or bundle in half precision.")],
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Compute capability, as 8.9, for tensorrt-rtx; by default this GPU's."),
+        typer.Option(
+            help="Compute capability such as 8.9, tensorrt-rtx only (default: this GPU's)."
+        ),
     ] = None,
     flavour: Annotated[
-        Literal["tensorrt", "tensorrt-rtx"] | None, typer.Option(help="By default what is there.")
+        Literal["tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(help="Default: the one that is installed."),
     ] = None,
-    batches: Annotated[str, typer.Option(help="Ends of the ranges of pairs.")] = "1,8,32,64",
+    batches: Annotated[
+        str, typer.Option(help="Upper ends of the ranges of batch sizes.")
+    ] = "1,8,32,64",
     refit: Annotated[
-        bool | None, typer.Option(help="Keep the adapter replaceable; by default with a GPU.")
+        bool | None, typer.Option(help="Keep the adapter replaceable (default: if there is a GPU).")
     ] = None,
     exchange_plugin: Annotated[
         bool,
         typer.Option(
             "--exchange-plugin",
-            help="The exchange by our Triton kernel: of TensorRT, for --exchange-operator.",
+            help="Run the exchange with our Triton kernel (TensorRT only; needs an "
+            "--exchange-operator export).",
         ),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build TensorRT engines of the denoiser graphs, beside them."""
+    """Build TensorRT engines of the denoiser graphs, next to them."""
     _require("onnx")
     from dualdiff_engine.export.trt.build import BuildOptions, build
 
@@ -201,25 +217,30 @@ def tensorrt(
     options = BuildOptions(flavour or "", targets, _numbers(batches), refit, exchange_plugin)
     say = _say(quiet)
     for built in build(folder, options, say):
-        kind = "refittable" if built.refittable else "for its adapter alone"
+        kind = "any adapter" if built.refittable else "one adapter only"
         say(f"{folder / built.file}: {built.attentions} fused attentions, {kind}")
 
 
 @export.command("triton-server")
 def triton_server(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
-    out: Annotated[Path, typer.Option(help="A new model repository.")],
-    name: Annotated[str, typer.Option(help="Of the model.")] = "dualdiff",
-    device: Annotated[Literal["cpu", "gpu"], typer.Option(help="Of its instances.")] = "gpu",
-    instances: Annotated[int, typer.Option(min=1, help="Per device.")] = 1,
-    max_batch: Annotated[int, typer.Option(min=1, help="Requests joined at most.")] = 8,
-    delay_us: Annotated[int, typer.Option(min=0, help="How long requests wait to be joined.")] = 0,
+    bundle: Annotated[Path, typer.Argument(help="Bundle to serve.")],
+    out: Annotated[Path, typer.Option(help="New model repository to write.")],
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "dualdiff",
+    device: Annotated[Literal["cpu", "gpu"], typer.Option(help="Device of its instances.")] = "gpu",
+    instances: Annotated[int, typer.Option(min=1, help="Instances per device.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch of joined requests.")] = 8,
+    delay_us: Annotated[
+        int, typer.Option(min=0, help="Microseconds that requests wait to be joined.")
+    ] = 0,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Run the bundle's TensorRT engines whoever built them.")
+        bool,
+        typer.Option(
+            "--trust", help="Run the bundle's TensorRT engines even if others built them."
+        ),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model repository for NVIDIA's Triton Inference Server around a bundle."""
+    """Write a model repository for NVIDIA's Triton Inference Server that serves a bundle."""
     from dualdiff_engine.export.serve.triton_server import Serving, write_repository
 
     serving = Serving(name, device, instances, max_batch, delay_us, trust)
@@ -228,9 +249,9 @@ def triton_server(
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")], as_json: Json = False
+    bundle: Annotated[Path, typer.Argument(help="Bundle to check.")], as_json: Json = False
 ) -> None:
-    """Check a bundle's hashes, and that its graphs still compute what they did when written."""
+    """Check a bundle's hashes, and that its graphs still compute the same."""
     _require("onnx", "onnxruntime")
     from dualdiff_engine.export.folder.verify import verify_bundle
 
@@ -238,6 +259,6 @@ def verify(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
-    typer.echo(f"{bundle}: {report['files']} files and {report['engines']} engines as written")
+    typer.echo(f"{bundle}: {report['files']} files and {report['engines']} engines unchanged")
     for name, row in report["parity"].items():
         typer.echo(f"{name}: error {row['error']:.1e} (allowed {row['tolerance']:.1e})")

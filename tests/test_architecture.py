@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "device": {"errors"},
     "pictures": {"errors"},
     "pair": {"errors", "settings"},
-    "folder_writer": {"errors", "files", "pair"},
+    "folder_writer": {"errors", "files", "pair", "pictures"},
     "adapters": {"errors", "files", "settings"},
     "ops": {"errors", "files", "device"},
     "model": {"errors", "ops"},
@@ -53,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "cli": {
         *("adapters", "base_model", "demo", "device", "engine", "errors", "evaluation", "files"),
-        *("folder_writer", "ops", "pair", "pictures", "pipeline", "settings", "training"),
+        *("folder_writer", "model", "ops", "pair", "pictures", "pipeline", "settings", "training"),
     },
 }
 PACKAGE_ROOMS = set(LAYERS)
@@ -62,7 +62,7 @@ LAYERS["bench"] = PACKAGE_ROOMS | {"export"}
 # the command line registers the verbs of the exports
 ARROWS_UP = {("cli.main", "export.cli")}
 # not imported: started as a process of its own
-STARTED = {("bench.gpu.parts", "bench.gpu.first_step")}
+STARTED = {("bench.gpu.step_parts", "bench.gpu.first_step")}
 
 
 def module_paths() -> dict[str, Path]:

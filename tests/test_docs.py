@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from dualdiff_engine import errors
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -48,7 +51,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_snippet_that_proves_a_fold_is_there() -> None:
     source = "\n".join(snippets(ROOT / "docs" / "model.md"))
-    folds = ("fold_self_site", "gate_weight", "background_keep", "time_bias", "predict_noise")
+    folds = ("fold_self_site", "gate_weight", "background_keep", "time_inputs", "predict_noise")
     assert all(name in source for name in folds)
     assert source.count("assert_close") >= len(folds)
 
@@ -59,3 +62,38 @@ def test_a_newcomer_finds_the_answers() -> None:
     assert len(rows) >= 20
     for question, file, word in rows:
         assert word in (ROOT / file).read_text("utf-8"), question
+
+
+def options_of(command: Any) -> set[str]:
+    """Every option that a command or one of its subcommands takes."""
+    own = {
+        name for parameter in command.params for name in parameter.opts + parameter.secondary_opts
+    }
+    return own.union(*(options_of(sub) for sub in getattr(command, "commands", {}).values()))
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    import typer
+
+    from dualdiff_engine.bench import cli as bench
+    from dualdiff_engine.cli.main import app
+
+    known = options_of(typer.main.get_command(app)) | set(bench.parser()._option_string_actions)
+    # of the GPU suite, of the full-size export, and of the budget
+    known |= {"--interpret", "--tensorrt-rtx", "--update"}
+    pages = [*PAGES, *READMES, ROOT / "dualdiff_engine" / "training" / "README.md"]
+    # of NVIDIA's server
+    named = {"--model-repository": "export/README.md"}
+    for page in pages:
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text("utf-8")):
+            if named.get(option) != str(page.relative_to(ROOT)):
+                assert option in known, f"{page.name}: {option}"
+
+
+def test_the_table_of_errors_is_complete() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `(\w+Error)` \| `(\w+)` \|", page, re.MULTILINE))
+    own = {error.__name__: error for error in errors.DualDiffError.__subclasses__()}
+    assert rows.keys() == own.keys()
+    for name, other in rows.items():
+        assert issubclass(own[name], getattr(builtins, other)), name

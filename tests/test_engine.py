@@ -21,6 +21,7 @@ from dualdiff_engine import (
     Engine,
     OutOfMemoryError,
     Pair,
+    PairError,
     Prompts,
     SettingsError,
     adapters,
@@ -279,18 +280,112 @@ def test_stream_hands_pairs_out_as_they_finish(dual: Engine) -> None:
     assert len(calls) == 2 * half
 
 
-def test_out_of_memory_says_what_fits(dual: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = type(dual.unet).forward
+def machine_for(most: int, real: Any) -> Any:
+    """A denoiser that runs out of memory above a batch."""
 
-    def small_machine(self: Any, latents: Any, *rest: Any) -> Any:
-        if latents.shape[2] > 1:
+    def forward(self: Any, latents: Any, *rest: Any) -> Any:
+        if latents.shape[2] > most:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return real(self, latents, *rest)
 
-    monkeypatch.setattr(type(dual.unet), "forward", small_machine)
-    with pytest.raises(OutOfMemoryError, match="batch of 4 pairs; a batch of 1 fits") as caught:
-        dual.generate(seeds=range(4), batch=4, **QUICK)
-    assert (caught.value.batch, caught.value.fits) == (4, 1)
+    return forward
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_drawn_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = golden_engine("dual")
+    expected = engine.generate(seeds=range(5), batch=1, scheduler="DDPMScheduler", **QUICK)
+    real = type(engine.unet).forward
+    monkeypatch.setattr(type(engine.unet), "forward", machine_for(1, real))
+    pairs = engine.generate(seeds=range(5), batch=4, scheduler="DDPMScheduler", **QUICK)
+    assert [pair.seed for pair in pairs] == list(range(5))
+    for one, other in zip(expected, pairs, strict=True):
+        assert np.array_equal(pixels(one), pixels(other))
+    # told once
+    assert [record.args for record in caplog.records] == [(4, 2)]
+
+
+def test_out_of_memory_at_one_pair_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = golden_engine("dual")
+    real = type(engine.unet).forward
+    monkeypatch.setattr(type(engine.unet), "forward", machine_for(0, real))
+    with pytest.raises(OutOfMemoryError, match="batch of 1 pairs; not even one pair fits"):
+        engine.generate(seeds=range(4), batch=4, **QUICK)
+
+
+def test_a_pair_that_is_not_finite_is_raised_or_handed_out(dual: Engine) -> None:
+    def spoil(engine: Engine, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        if step == 1:
+            tensors["latents"][1] = float("nan")
+        return tensors
+
+    faults: list[Any] = []
+    options = {"batch": 3, "callback_on_step_end": spoil, **QUICK}
+    pairs = dual.generate(seeds=[1, 2, 3], on_fault=faults.append, **options)
+    alone = dual.generate(seeds=[1, 3], batch=1, **QUICK)
+    assert [pair.seed for pair in pairs] == [1, 3]
+    for one, other in zip(alone, pairs, strict=True):
+        assert np.array_equal(pixels(one), pixels(other))
+    assert [fault.seed for fault in faults] == [2]
+    assert "not finite from step 1 on, in float32" in faults[0].reason
+    with pytest.raises(PairError, match=r"seed 2 cannot be used: .* not finite from step 1"):
+        dual.generate(seeds=[1, 2, 3], **options)
+
+
+def test_given_latents_must_be_finite(dual: Engine) -> None:
+    latents = torch.zeros(1, 2, 4, 8, 8)
+    latents[0, 1, 2, 3, 4] = float("inf")
+    with pytest.raises(SettingsError, match="latents holds NaN or infinity"):
+        dual.generate(latents=latents, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"latents": None}, "returned latents NoneType"),
+        ({"latents": torch.zeros(1)}, r"returned latents \[1\]: return a tensor \[1, 2, 4"),
+    ],
+)
+def test_a_callback_must_hand_back_latents(dual: Engine, returned: Any, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        dual.generate(seeds=[1], callback_on_step_end=lambda *_: returned, **QUICK)
+
+
+@pytest.mark.parametrize("change", ["set_adapter", "unload_adapter", "load_adapter", "generate"])
+def test_nothing_changes_under_a_running_batch(dual: Engine, change: str) -> None:
+    name = dual.active_adapter
+    calls = {
+        "set_adapter": lambda engine: engine.set_adapter(name),
+        "unload_adapter": lambda engine: engine.unload_adapter(name),
+        "load_adapter": lambda engine: engine.load_adapter(
+            DATA / "dual" / "adapter", "again", allow_pickle=True
+        ),
+        "generate": lambda engine: engine.generate(seeds=[9], **QUICK),
+    }
+    with pytest.raises(SettingsError, match="the engine is drawing"):
+        dual.generate(
+            seeds=[1], callback_on_step_end=lambda engine, *_: calls[change](engine), **QUICK
+        )
+    assert dual.adapters == [name]
+    assert len(dual.generate(seeds=[1], **QUICK)) == 1
+
+
+def test_another_file_under_the_same_name_ends_a_stream() -> None:
+    engine = golden_engine("dual")
+    name = engine.active_adapter
+    stream = engine.stream(seeds=[1, 2], batch=1, **QUICK)
+    next(stream)
+    engine.unload_adapter(name)
+    engine.load_adapter(DATA / "dual" / "adapter", name, allow_pickle=True)
+    with pytest.raises(SettingsError, match="no longer active"):
+        next(stream)
+
+
+def test_an_interruption_before_a_run_is_not_lost(dual: Engine) -> None:
+    dual.interrupt()
+    assert dual.generate(seeds=[1], **QUICK) == []
+    assert len(dual.generate(seeds=[1], **QUICK)) == 1
 
 
 def test_other_errors_are_not_taken_for_memory(
@@ -328,7 +423,7 @@ def test_close_drops_the_weights() -> None:
         ({"steps": 0}, "steps must be a whole number from 1 to 1000"),
         ({"steps": 2.0}, "steps must be a whole number"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
-        ({"scheduler": "Euler"}, "no scheduler 'Euler'; the base model takes DDIMScheduler"),
+        ({"scheduler": "Euler"}, "no scheduler 'Euler': choose one of DDIMScheduler"),
         ({"size": 65}, "height must be a multiple of 8"),
         ({"size": (64, 0)}, "width must be a multiple of 8"),
         ({"size": "64"}, r"size must be one number or \(height, width\)"),
@@ -359,7 +454,7 @@ def test_wrong_requests(dual: Engine, options: dict[str, Any], message: str) -> 
     ("options", "error", "message"),
     [
         ({"base": "nowhere/at/all"}, BaseModelError, "no base model at 'nowhere/at/all'"),
-        ({"base": "someone/unknown-model"}, BaseModelError, "the hub did not give it"),
+        ({"base": "someone/unknown-model"}, BaseModelError, "could not be downloaded"),
         ({"base": DATA}, BaseModelError, "has no unet/"),
         ({"adapter": "missing.safetensors"}, AdapterError, "no adapter at 'missing.safetensors'"),
         ({"adapter": DATA / "bcm/adapter"}, AdapterError, "dualdiff convert"),
@@ -369,6 +464,8 @@ def test_wrong_requests(dual: Engine, options: dict[str, Any], message: str) -> 
         ({"device": "mps"}, SettingsError, "device 'mps' is not supported"),
         ({"backend": "fastest"}, BackendError, "no backend is called 'fastest'"),
         ({"cuda_graph": True}, SettingsError, "cuda_graph needs an NVIDIA GPU"),
+        ({"tf32": True}, SettingsError, "tf32 is for float32 on a GPU"),
+        ({"tune": "always"}, SettingsError, "tune must be one of auto, never"),
         ({"max_batch": 0}, SettingsError, "max_batch must be a positive whole number"),
     ],
 )
@@ -387,11 +484,11 @@ def copy_of_base(folder: Path) -> Path:
     ("file", "change", "message"),
     [
         ("unet/diffusion_pytorch_model.safetensors", None, "has no diffusion_pytorch_model"),
-        ("unet/diffusion_pytorch_model.safetensors", b"not a model", "not a sound safetensors"),
+        ("unet/diffusion_pytorch_model.safetensors", b"not a model", "not a valid safetensors"),
         ("unet/config.json", b"{", "config.json cannot be read"),
         ("unet/config.json", b"[]", "is not a JSON object"),
         ("vae/diffusion_pytorch_model.safetensors", None, "has no diffusion_pytorch_model"),
-        ("text_encoder/model.safetensors", None, "has no model.safetensors; pickled"),
+        ("text_encoder/model.safetensors", None, "has no model.safetensors .pickled"),
         ("tokenizer/vocab.json", None, "text_encoder or tokenizer"),
         ("scheduler/scheduler_config.json", b'{"_class_name": "os"}', "no scheduler 'os'"),
     ],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dualdiff_engine import Engine
 from dualdiff_engine.bench.step.released import ReleasedUNet
-from dualdiff_engine.ops import native
+from dualdiff_engine.ops import serves
 from support import Golden, by_branch, denoiser_call, golden_engine, relative
 
 # fp32 rounding through some sixty layers; an independent fp32 implementation reaches 8e-7
@@ -19,7 +19,7 @@ FP32 = 2e-6
 
 @pytest.mark.parametrize("backend", ["reference", "onednn", "native"])
 def test_noise_and_every_layer(golden: Golden, backend: str) -> None:
-    ok, reason = native.supported("attention", torch.device("cpu"), torch.float32)
+    ok, reason = serves("native", "attention", torch.device("cpu"), torch.float32)
     if backend == "native" and not ok:
         pytest.skip(reason)
     engine = golden_engine(golden.name, backend=backend)

@@ -8,8 +8,11 @@ fails on a change for the worse; `--update` writes the budget anew.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,9 +23,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dualdiff_engine.ops.proof import first_line
 from dualdiff_engine.ops.triton import OPS
 from dualdiff_engine.ops.triton.listing import Compilation
 
@@ -30,7 +35,7 @@ ARCHITECTURES = (80, 89, 90, 100)
 # most shared memory of one block, CUDA programming guide, table of compute capabilities
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 BUDGET = Path(__file__).resolve().parents[2] / "tests" / "ops" / "aot" / "budget.json"
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 
 
@@ -44,46 +49,47 @@ class Usage:
     tensor_cores: bool
 
 
-def compile_for(compilation: Compilation, architecture: int) -> Usage:
-    """Compile for an architecture (80: sm_80) and read what it uses."""
+def build(compilation: Compilation, architecture: int) -> tuple[Usage, bytes]:
+    """Compile for an architecture (80: sm_80) -> what it uses, and its machine code."""
     signature, constants = dict(compilation.signature), dict(compilation.constants)
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    # torch allocates on 256 bytes; rows are multiples of 16 bytes at SD shapes
     source = ASTSource(
         compilation.kernel,
         signature,
         constants,
-        # torch allocates on 256 bytes; rows are multiples of 16 bytes at SD shapes
         {(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    config = compilation.config
-    built = triton.compile(
-        source,
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-    )
-    registers, spills = _ptxas(built.asm["ptx"], architecture)
+    config, report = compilation.config, io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(report):
+        # the assembler's own words, which Triton would otherwise drop
+        knobs.nvidia.dump_ptxas_log = True
+        built = triton.compile(
+            source,
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        )
+    # nothing is assembled where Triton has it in its cache on disk
+    words = report.getvalue()
+    if "registers" not in words:
+        words = _ptxas(built.asm["ptx"], architecture)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", words)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", words)]
     tensor_cores = bool(_TENSOR_CORE.search(built.asm["ptx"]))
-    return Usage(registers, spills, built.metadata.shared, tensor_cores)
+    usage = Usage(max(registers), sum(spills), built.metadata.shared, tensor_cores)
+    return usage, built.asm["cubin"]
 
 
-def _ptxas(ptx: str, architecture: int) -> tuple[int, int]:
-    """(registers per thread, bytes spilled) as the assembler reports them."""
+def _ptxas(ptx: str, architecture: int) -> str:
+    """What the assembler reports."""
     target = re.search(r"\.target\s+(\w+)", ptx)
     assert target is not None
-    tool = _TOOLS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    tool = TOOLS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        run = subprocess.run(
-            [tool, "-v", f"--gpu-name={target[1]}", path, "-o", path.with_suffix(".cubin")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    report = run.stderr
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
-    return max(registers), sum(spills)
+        words = [str(tool), "-v", f"--gpu-name={target[1]}", str(path), "-o", f"{path}.cubin"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stderr
 
 
 def measure(ops: Iterable[str] = tuple(OPS)) -> dict[str, dict[str, Any]]:
@@ -93,13 +99,47 @@ def measure(ops: Iterable[str] = tuple(OPS)) -> dict[str, dict[str, Any]]:
         listed = importlib.import_module(f"dualdiff_engine.ops.triton.{module}").compilations()
         for compilation in listed:
             for architecture in ARCHITECTURES:
-                usage = compile_for(compilation, architecture)
+                usage, _ = build(compilation, architecture)
                 if usage.shared > SHARED_LIMIT[architecture]:
                     raise AssertionError(f"{compilation.name}: {usage.shared} B shared memory")
                 if compilation.tensor_cores and not usage.tensor_cores:
                     raise AssertionError(f"{compilation.name}: no tensor cores on {architecture}")
                 found[f"{compilation.name} sm_{architecture}"] = asdict(usage)
     return found
+
+
+# candidates of a module that the gate compiles at most
+SAMPLED = 32
+
+
+def candidates(module: str) -> list[Compilation]:
+    """What tuning may choose besides the defaults, in bf16: each once, at the first such shape."""
+    home = importlib.import_module(f"dualdiff_engine.ops.triton.{module}")
+    found: dict[tuple[str, str], Compilation] = {}
+    for x in home.compilations(every_candidate=True):
+        if "bf16" in x.name.split():
+            found.setdefault((x.kernel.__name__, str(x.config)), x)
+    for x in home.compilations():
+        found.pop((x.kernel.__name__, str(x.config)), None)
+    return list(found.values())[:: math.ceil(len(found) / SAMPLED) or 1]
+
+
+def unfit(listed: Iterable[Compilation], architecture: int = 90) -> list[str]:
+    """What cannot win on an architecture: does not compile, does not fit, uses no tensor cores."""
+    complaints = []
+    for compilation in listed:
+        label = f"{compilation.name} {compilation.config}"
+        try:
+            usage, _ = build(compilation, architecture)
+        # the compiler raises what it likes
+        except Exception as error:
+            complaints.append(f"{label}: {first_line(error)}")
+            continue
+        if usage.shared > SHARED_LIMIT[architecture]:
+            complaints.append(f"{label}: {usage.shared} B of shared memory")
+        if compilation.tensor_cores and not usage.tensor_cores:
+            complaints.append(f"{label}: no tensor cores")
+    return complaints
 
 
 def worse(found: Mapping[str, Any], budget: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,12 @@
-"""How long a process takes to its first denoiser step: `gpu_first_step CACHE [--interpret]`.
+"""How long a process takes to its first denoiser step: `first_step [--interpret]`.
 
-CACHE is the folder of compiled kernels. Prints a line of JSON, in seconds: imports, a network with
-random weights in place of files, the first step, the second.
+Compiled kernels come from Triton's cache on disk. Prints a line of JSON, in seconds: imports, a
+network with random weights in place of files, the first step, the second.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,14 +15,14 @@ START = time.perf_counter()
 
 
 def main() -> None:
-    os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
-    interpreted = "--interpret" in sys.argv[2:]
+    interpreted = "--interpret" in sys.argv[1:]
     if interpreted:
         import dualdiff_engine.bench.gpu.interpreter  # noqa: F401
     import torch
 
     from dualdiff_engine.bench.clock import synchronize
-    from dualdiff_engine.bench.gpu.parts import Setting, call_inputs, random_network
+    from dualdiff_engine.bench.gpu.record import Setting
+    from dualdiff_engine.bench.gpu.step_parts import call_inputs, random_network
 
     found: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""`dualdiff-bench ops`: every op call of a denoiser step, on every backend, beside its error.
+"""`dualdiff-bench ops`: every op call of a denoiser step, on every backend, next to its error.
 
 A speed is reported only next to a green test: the result of the very call that is timed is compared
 with fp64, and may lose what plain PyTorch loses in that dtype, or an fp32 sum one term after the
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dualdiff_engine import ops
 from dualdiff_engine.bench import clock, machine
+from dualdiff_engine.bench.op import auto
 from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace, work
 from dualdiff_engine.bench.step import measure, report
 from dualdiff_engine.bench.step.case import MODELS, SCALE, WHY
@@ -58,7 +59,8 @@ def variants(case: Problem, device: torch.device, dtype: torch.dtype) -> dict[st
     for name, function in case.libraries.items():
         found[name] = partial(function, *case.arguments)
     for backend in ops.BACKENDS:
-        if ops.serves(backend, case.spec.op, device, dtype)[0]:
+        # what fails its proof is a row that says so
+        if ops.backend_module(backend).supported(case.spec.op, device, dtype)[0]:
             found[backend] = partial(ops.backend_op(backend, case.spec.op), *case.arguments)
     return found
 
@@ -244,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
         "--compile", action=argparse.BooleanOptionalAction,
         help="also torch.compile of the plain formula (default: on a GPU)",
     )  # fmt: skip
+    p.add_argument("--tune", type=float, metavar="SECONDS", help="measure auto's choice first")
     p.add_argument("--output-json", type=Path, metavar="FILE", help="keep the record")
     return p
 
@@ -269,6 +272,9 @@ def main(arguments: Sequence[str]) -> None:
     if not on_gpu:
         # as an engine does
         keep_freed_blocks()
+    choices = auto.taken(
+        model, pairs, device, dtype, background=options.background, limit_s=options.tune
+    )
     found = run(
         calls, device, dtype, rounds=options.rounds,
         compile=on_gpu if options.compile is None else options.compile,
@@ -276,6 +282,6 @@ def main(arguments: Sequence[str]) -> None:
     size = MODELS[model]["sample_size"] * SCALE[model]
     case = {"model": model, "batch": pairs, "size": size, "background": options.background}
     record = {**machine.facts(device), "case": case, **found}
-    print(table(record["rows"]), "", LEGEND, sep="\n")
+    print(table(record["rows"]), "", LEGEND, "", auto.verdict(record["rows"], choices), sep="\n")
     if path is not None:
         report.write_json(record, path)

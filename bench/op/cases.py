@@ -49,7 +49,7 @@ class Spec:
 
 
 class Watch(Protocol):
-    """A context around a step that is told what runs inside an op."""
+    """A context around a step that learns what runs inside an op."""
 
     def __enter__(self) -> object: ...
 
@@ -67,7 +67,7 @@ def trace(
 ) -> Counter[Spec]:
     """How often a guided step of a batch of pairs makes each call.
 
-    size: of the latents. watch: entered around the step, and told what runs inside an op.
+    size: of the latents. watch: entered around the step; learns what runs inside an op.
     """
     calls: Counter[Spec] = Counter()
 
@@ -80,7 +80,8 @@ def trace(
 
         return record
 
-    ops = Ops(**{op: recorder(op) for op in NAMES}, table=())
+    recorders: dict[str, Any] = {op: recorder(op) for op in NAMES}
+    ops = Ops(**recorders, table=())
     size = size or MODELS[model]["sample_size"]
     with torch.inference_mode(), META:
         unet = DualUNet(network_config(model), ops, background=background)
@@ -95,6 +96,44 @@ def trace(
             noise = unet(torch.zeros(2, 1, pairs, 4, size, size), bias, text, shares)
             ops.guided_step(noise, GUIDANCE)
     return calls
+
+
+# more rows than this ask for no other kernel; keys do, unless a tile of them divides both numbers
+FEW_ROWS, FEW_KEYS = 16, 256
+
+
+def few_rows(spec: Spec) -> Spec:
+    """The same call of few rows, for which the same kernels are compiled: weights are all it holds.
+
+    The kernels take numbers of rows as run-time arguments; what they know of keys, positions of a
+    map and channels stays.
+    """
+    first, second, *rest = spec.arguments
+
+    def rows(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+        return (*(1 for _ in shape[:axis]), FEW_ROWS, *shape[axis + 1 :])
+
+    if spec.op == "attention":
+        keys = FEW_KEYS if second[1] % FEW_KEYS == 0 else second[1]
+        source = (1, keys, second[2])
+        return Spec(spec.op, ((1, FEW_ROWS, first[2]), source, source, *rest[1:]))
+    if spec.op == "group_norm_silu":
+        return Spec(spec.op, ((1, *first[1:]), second, *rest))
+    if spec.op == "exchange":
+        positions = first[1] if first[1] % FEW_ROWS else FEW_ROWS
+        both = (2, positions, first[2])
+        return Spec(spec.op, (both, second, *rest[:3], both))
+    if spec.op == "branch_linear" and len(rest) == 3:
+        bias, (groups, _, width), keep = rest
+        own = (first[0], groups * FEW_ROWS, first[2])
+        return Spec(spec.op, (own, second, bias, (groups, FEW_ROWS, width), keep))
+    if spec.op == "branch_linear":
+        return Spec(spec.op, ((first[0], FEW_ROWS, first[2]), second, *rest))
+    if spec.op in ("linear", "geglu"):
+        few = rows(first, len(first) - 2)
+        others = [rows(x, len(x) - 2) if x is not None and len(x) > 1 else x for x in rest]
+        return Spec(spec.op, (few, second, *others))
+    return spec
 
 
 @dataclass(frozen=True)
@@ -209,14 +248,16 @@ def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., T
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        share: Tensor | None = None,
+        background_kv: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
         outs = [F.linear(x, w, bias) for x, w in zip(input, weight, strict=True)]
-        if share is not None and keep is not None:
-            width = outs[0].shape[-1] - share.shape[-1]
-            rows = outs[0].view(share.shape[0], -1, share.shape[1], outs[0].shape[-1])
-            joined = keep * rows[..., width:] + share[:, None]
+        if background_kv is not None and keep is not None:
+            width = outs[0].shape[-1] - background_kv.shape[-1]
+            rows = outs[0].view(
+                background_kv.shape[0], -1, background_kv.shape[1], outs[0].shape[-1]
+            )
+            joined = keep * rows[..., width:] + background_kv[:, None]
             outs[0] = torch.cat([rows[..., :width], joined], dim=-1).view_as(outs[0])
         return torch.stack(outs)
 
@@ -227,7 +268,7 @@ def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., T
     count, device = arguments[0].shape[1], arguments[0].device
     rows = _ends(count, device, 256)
     if len(arguments) == 5:
-        # a share belongs to all positions of a pair: whole pairs, of every guidance row
+        # background_kv belongs to all positions of a pair: whole pairs, of every guidance row
         groups, positions, _ = arguments[3].shape
         pairs = torch.arange(count, device=device).view(groups, -1, positions)
         rows = pairs[:, _ends(pairs.shape[1], device)].flatten()

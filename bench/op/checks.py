@@ -24,7 +24,7 @@ from dualdiff_engine.model.unet import DualUNet
 Row = dict[str, Any]
 BACKEND = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# sizes that no block divides, one row, a share, and two heads of each of SD-1.5's widths
+# sizes that no block divides, one row, a background, and two heads of each of SD-1.5's widths
 ODD = (
     Spec("linear", ((3, 63, 48), (40, 48), (40,))),
     Spec("linear", ((1, 1, 48), (40, 48), (40,), (1, 1, 40))),

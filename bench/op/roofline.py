@@ -68,17 +68,28 @@ class Rates:
         )
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of the network: shapes of its maps and weight, stride and padding."""
+
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
 class Surroundings(TorchDispatchMode):
     """Counts, on shapes, the work of everything between the ops that runs under it.
 
-    found: name -> work of each call. Inputs that repeat a row in memory are read once; what only
-    makes a view, or takes memory, moves nothing.
+    found: (name, work) of each call. convolutions: how often each is called. Inputs that repeat a
+    row in memory are read once; what only makes a view, or takes memory, moves nothing.
     """
 
     def __init__(self, element_size: int) -> None:
         super().__init__()
         self.element_size = element_size
         self.found: list[tuple[str, Work]] = []
+        self.convolutions: Counter[Convolution] = Counter()
         self._inside_op = False
 
     @contextlib.contextmanager
@@ -99,14 +110,25 @@ class Surroundings(TorchDispatchMode):
         if self._inside_op or func.overloadpacket in FREE or _view(func, args, result):
             return out
         if func.overloadpacket in CONVOLUTIONS:
-            self._convolution(out, *args[:3])
+            self._convolution(out, *args)
             return out
         moved = sum(_elements(x) for x in (*pytree.tree_leaves(args), result))
         name = NAMES_BETWEEN.get(func.overloadpacket, str(func.overloadpacket))
         self._count(name, 0, moved)
         return out
 
-    def _convolution(self, out: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def _convolution(
+        self,
+        out: Tensor,
+        given: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0),
+        *_: object,
+    ) -> None:
+        shapes = (given.shape, weight.shape, stride, padding)
+        self.convolutions[Convolution(*map(tuple, shapes))] += 1
         moved = sum(map(_elements, (given, weight, out)))
         self._count("convolution", 2 * out.numel() * weight[0].numel(), moved)
         if bias is not None:

@@ -1,1 +1,1 @@
-"""A denoiser step of the engine beside its peers."""
+"""A denoiser step of the engine next to its peers."""

@@ -1,6 +1,6 @@
 """The released computation, re-stated from its formulas: what the engine is measured against.
 
-One pair per call, branches one after the other, LoRA beside the weights, the interaction with all
+One pair per call, branches one after the other, LoRA next to the weights, the interaction with all
 its ten products, the background pass in every step, everything in fp32. Also the unfolded oracle of
 the tests. Rows are in released order: [rows, branches], branch fastest.
 """

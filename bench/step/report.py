@@ -16,7 +16,7 @@ COLUMNS = (
 )  # fmt: skip
 
 LEGEND = """\
-released: one pair per call, branches in turn, LoRA beside the weights, background pass every step
+released: one pair per call, branches in turn, LoRA next to the weights, background pass every step
 diffusers: the same UNet uncoupled, all rows in one batch (a floor; its result is another one)
 engine: folded and coupled, the batch at once; with a background its shares are computed beforehand
 engine-onnxruntime, engine-tensorrt: the engine around the same network, exported

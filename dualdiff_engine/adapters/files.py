@@ -32,7 +32,7 @@ from dualdiff_engine.files import sha256_of, written_whole
 
 STEM = "pytorch_lora_weights"
 
-# an SD-1.5 adapter with background and rank 128 is 0.75 GB in fp32; four times that is no adapter
+# an SD-1.5 adapter with background and rank 128 is 0.75 GB in fp32; four times that is too much
 MAX_FILE_BYTES = 3 << 30
 # 32 sites of 31 tensors and 12 text layers of 8 need 1,100 names; SD-2.1's 23 layers a few more
 MAX_TENSORS = 8192

@@ -66,7 +66,7 @@ def _download(name: str, revision: str | None, local_files_only: bool, variant: 
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(
-            f"no folder {name!r} here, and the hub did not give it: {first_line(error)}"
+            f"no folder {name!r}, and it could not be downloaded: {first_line(error)}"
         ) from error
 
 

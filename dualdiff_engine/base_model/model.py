@@ -39,7 +39,17 @@ _VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 class BaseModel:
-    """A diffusers Stable Diffusion folder (or hub id). Raises BaseModelError naming what lacks."""
+    """A Stable Diffusion model in diffusers format.
+
+    Args:
+        source: a folder or a hub id such as `stable-diffusion-v1-5/stable-diffusion-v1-5`.
+        revision: branch, tag or commit on the hub.
+        local_files_only: never use the network; take what the hub's cache holds.
+
+    Raises:
+        BaseModelError: the model is missing, incomplete or not supported; the message names what
+            is missing.
+    """
 
     def __init__(
         self, source: str | Path, *, revision: str | None = None, local_files_only: bool = False
@@ -49,7 +59,7 @@ class BaseModel:
         for part in PARTS:
             if not (self.folder / part).is_dir():
                 raise BaseModelError(
-                    f"{self.folder} has no {part}/: expected a diffusers SD folder"
+                    f"{self.folder} has no {part}/: pass a Stable Diffusion folder of diffusers"
                 )
         check_index(self.folder)
         path = self.folder / "unet" / "config.json"
@@ -58,11 +68,17 @@ class BaseModel:
         if (self.unet_config.in_channels, self.unet_config.out_channels) != (4, 4):
             raise BaseModelError(
                 f"the UNet maps {self.unet_config.in_channels} to {self.unet_config.out_channels} "
-                "channels; expected 4 to 4 (inpainting models are not supported)"
+                "channels, expected 4 to 4: pass a text-to-image model (inpainting models are not "
+                "supported)"
             )
         # (height, width) of the latents that it was trained on
         self.latent_size = configs.sample_size_of(path, config.get("sample_size"))
         self.unet = TensorFile(weights_file(self.folder / "unet", STEMS["unet"]))
+
+    @property
+    def sample_size(self) -> int:
+        """The longer side of `latent_size`."""
+        return max(self.latent_size)
 
     @property
     def picture_size(self) -> tuple[int, int]:

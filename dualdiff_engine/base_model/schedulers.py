@@ -81,7 +81,7 @@ class Schedulers:
         kind = self._kinds.get(name or type(self.own).__name__)
         if kind is None:
             raise SettingsError(
-                f"no scheduler {name!r}; the base model takes {', '.join(sorted(self._kinds))}"
+                f"no scheduler {name!r}: choose one of {', '.join(sorted(self._kinds))}"
             )
         try:
             scheduler = _checked(kind).from_config(self.own.config)

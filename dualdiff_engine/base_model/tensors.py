@@ -49,14 +49,16 @@ class TensorFile(Mapping[str, Tensor]):
                         self._places[name] = path, stored, shape, str(part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise BaseModelError(
-                f"{path} is not a sound safetensors file ({first_line(error)}): download it again"
+                f"{path} is not a valid safetensors file ({first_line(error)}): download it again"
             ) from error
         if lacking := sorted((wanted or set()) - own):
             raise BaseModelError(f"{path} lacks {_some(lacking)}: download it again")
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._places:
-            raise BaseModelError(f"{self.path} lacks {name}: the base model is incomplete")
+            raise BaseModelError(
+                f"{self.path} has no tensor {name}: the base model is incomplete, download it again"
+            )
         path, stored, _, dtype = self._places[name]
         if dtype not in _FLOATS:
             raise BaseModelError(_not_float(self.path, name, dtype))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dualdiff_engine.cli.interrupt import INTERRUPTED, clean_stop
+from dualdiff_engine.cli.interrupt import clean_stop
 from dualdiff_engine.demo.presets import BASE, PRESETS, find
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Sampling, require_seed
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHEET = "sheet.png"
 COLUMNS = 8
 
-Name = Annotated[str | None, typer.Option(help=f"Draw with the demo model: {', '.join(PRESETS)}.")]
+Name = Annotated[str | None, typer.Option(help=f"Use the demo model: {', '.join(PRESETS)}.")]
 
 
 def filled(
@@ -38,7 +38,9 @@ def filled(
             raise SettingsError("pass --base and --adapter, or --demo washer/stain")
         return base, adapter, options
     if base is not None or adapter is not None:
-        raise SettingsError("--demo brings a base and an adapter: leave out --base and --adapter")
+        raise SettingsError(
+            "--demo already selects base and adapter: leave out --base and --adapter"
+        )
     preset = find(name)
     given = {key: value for key, value in options.items() if value is not None}
     if given.get("prompts") == type(preset.prompts)():
@@ -47,16 +49,18 @@ def filled(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write; a run in it is continued.")] = Path(
-        "dualdiff-demo"
-    ),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Pairs.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the first pair, then one up each.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="By default 25.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, … or auto.")] = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder to write. An existing run in it is resumed.")
+    ] = Path("dualdiff-demo"),
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, max=10_000, help="Number of pairs.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first pair; each next pair adds one.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Scheduler steps (default: 25).")] = None,
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, … or auto.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
-    """Draw pairs with the small model that ships: files, and a sheet to look at."""
+    """Draw pairs with the small model that ships: pictures, and a contact sheet."""
     require_seed(seed)
     require_seed(seed + count - 1)
     chosen: dict[str, Any] = {} if steps is None else {"steps": steps}
@@ -69,19 +73,19 @@ def demo(
     if drawn and not quiet:
         seconds = time.monotonic() - start
         typer.echo(f"{len(drawn)} pairs in {out}, {seconds:.0f} s")
-        typer.echo(f"look at {path}: image, anomaly, mask on the image")
+        typer.echo(f"contact sheet: {path} (image, anomaly, mask on the image)")
     if stopped:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(stopped)
 
 
 def _draw(
     out: Path, count: int, seed: int, chosen: dict[str, Any], device: str, progress: bool
-) -> tuple[list[tuple[str, Pair]], bool]:
-    """Pairs of all presets, each on disk when the next is drawn, and whether Ctrl-C ended it."""
+) -> tuple[list[tuple[str, Pair]], int]:
+    """Pairs of all presets, each on disk when the next is drawn; the exit code of a stop, or 0."""
     from dualdiff_engine.folder_writer import FolderWriter
 
     drawn: list[tuple[str, Pair]] = []
-    with FolderWriter(out) as writer:
+    with FolderWriter(out, append=True) as writer:
         from dualdiff_engine.engine import Engine
 
         with (
@@ -95,16 +99,16 @@ def _draw(
                 engine.load_adapter(preset.adapter, name)
                 # each time with the surroundings of another part
                 options = {**preset.options(seeds[0]), **chosen, "progress": progress}
-                with closing(engine.stream(seeds, **options)) as pairs:
+                with closing(engine.stream(seeds, **options, resume=writer)) as pairs:
                     for pair in pairs:
                         writer.write(pair)
                         drawn.append((name, pair))
                 engine.unload_adapter(name)
-    return drawn, stopped.is_set()
+    return drawn, stopped.code
 
 
 def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
-    """Seeds per preset: neighbours in number, at most one more for the first ones."""
+    """Consecutive seeds per preset; the first presets get one more if needed."""
     start = seed
     for place, name in enumerate(PRESETS):
         share = count // len(PRESETS) + (place < count % len(PRESETS))

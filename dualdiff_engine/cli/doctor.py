@@ -32,7 +32,7 @@ def doctor(
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
-    """Show versions, devices, and which backend serves each operation."""
+    """Show versions, devices, and which backend runs each operation."""
     from dualdiff_engine import ops
     from dualdiff_engine.device import device_of, devices, dtype_of
     from dualdiff_engine.pair import versions
@@ -61,7 +61,7 @@ def doctor(
         for name, device in report["devices"].items()
     )
     typer.echo(f"\noperations on {report['device']} in {report['dtype']}:")
-    print_table((row["op"], f"{row['backend']:<12}{row['reason']}") for row in report["ops"])
+    print_table((row.name, f"{row.backend:<12}{row.reason}") for row in bound.table)
 
 
 def _installed(distribution: str) -> str | None:

@@ -14,18 +14,23 @@ app = typer.Typer(help="Measure how good pairs are.", rich_markup_mode=None, add
 
 _file = {"exists": True, "dir_okay": False, "readable": True}
 _folder = {"exists": True, "file_okay": False, "readable": True}
-Pairs = Annotated[Path, typer.Option(**_folder, help="Folder of a run, or in MVTec layout.")]
+Pairs = Annotated[
+    Path,
+    typer.Option(**_folder, help="Pairs: a folder by `dualdiff generate`, or in MVTec layout."),
+]
 Train = Annotated[
-    Path | None, typer.Option(**_folder, help="Pictures trained on, in MVTec layout.")
+    Path | None, typer.Option(**_folder, help="Training pictures of the adapter, in MVTec layout.")
 ]
 Real = Annotated[Path | None, typer.Option(**_folder, help="Real pictures, in MVTec layout.")]
-Defect = Annotated[str | None, typer.Option(help="Folder under test/; needed if there are more.")]
-Whole = Annotated[Path | None, typer.Option(**_file, help="The object of all pairs, in white.")]
-Inception = Annotated[Path | None, typer.Option(help="Weights for IS, FID and KID.")]
-Vgg = Annotated[Path | None, typer.Option(help="Weights for IC-LPIPS.")]
-Out = Annotated[Path | None, typer.Option(help="JSON file to write the record to.")]
-Demo = Annotated[str | None, typer.Option(help="Test on the demo's factory, as washer/stain.")]
-Seeds = Annotated[str, typer.Option(help="A training each.")]
+Defect = Annotated[str | None, typer.Option(help="Folder in test/; needed if there are several.")]
+Whole = Annotated[
+    Path | None, typer.Option(**_file, help="One object mask for all pairs, in white.")
+]
+Inception = Annotated[Path | None, typer.Option(help="Weights file for IS, FID and KID.")]
+Vgg = Annotated[Path | None, typer.Option(help="Weights file for IC-LPIPS.")]
+Out = Annotated[Path | None, typer.Option(help="JSON file for the record.")]
+Demo = Annotated[str | None, typer.Option(help="Test on the demo's factory, such as washer/stain.")]
+Seeds = Annotated[str, typer.Option(help="One training run per seed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, not a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
@@ -40,7 +45,10 @@ def quality(
     pairs: Pairs,
     train: Train = None,
     defect: Defect = None,
-    pictures: Annotated[int | None, typer.Option(min=1, help="The first so many.")] = None,
+    pictures: Annotated[
+        int | None,
+        typer.Option(min=1, help="Use only the first N training pictures, sorted by name."),
+    ] = None,
     object_mask: Whole = None,
     inception: Inception = None,
     vgg: Vgg = None,
@@ -54,18 +62,20 @@ def quality(
     if out is not None:
         records.check_writable(out)
     if train is None and (defect is not None or pictures is not None):
-        raise SettingsError("--defect and --pictures choose from --train: pass it")
+        raise SettingsError("--defect and --pictures select from --train: pass --train, too")
     if vgg is not None and train is None:
-        raise SettingsError("--vgg: IC-LPIPS compares with the training pictures: pass --train")
+        raise SettingsError(
+            "--vgg: IC-LPIPS compares with the training pictures: pass --train, too"
+        )
     extra = _extra(inception, vgg)
-    found = data.find_pairs(pairs, object_mask=object_mask)
+    samples = data.find_pairs(pairs, object_mask=object_mask)
     real = data.find_real(train, defect)[:pictures] if train is not None else []
-    spoken = _progress(quiet)
-    record = records.quality_record(found, real, extra, spoken)
+    say = _progress(quiet)
+    record = records.quality_record(samples, real, extra, say)
     if inception is None:
-        spoken(f"IS, FID, KID: not measured, pass --inception {perceptual.INCEPTION_FILE}")
+        say(f"IS, FID, KID: not measured, pass --inception {perceptual.INCEPTION_FILE}")
     if vgg is None and train is not None:
-        spoken(f"IC-LPIPS: not measured, pass --vgg {perceptual.VGG_FILE}")
+        say(f"IC-LPIPS: not measured, pass --vgg {perceptual.VGG_FILE}")
     _finish({"pairs": str(pairs), **record}, report.quality(record), out, as_json, quiet)
 
 
@@ -75,17 +85,23 @@ def downstream(
     real: Real = None,
     defect: Defect = None,
     demo: Demo = None,
-    few: Annotated[int, typer.Option(min=2, help="Real pictures to compare with.")] = 8,
-    ceiling: Annotated[int, typer.Option(min=0, help="As many more train another one.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of every training.")] = None,
+    few: Annotated[
+        int, typer.Option(min=2, help="Number of real training pictures to compare with.")
+    ] = 8,
+    ceiling: Annotated[
+        int, typer.Option(min=0, help="Additional real training pictures for a ceiling (0: none).")
+    ] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of every training run.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures per step.")] = None,
-    size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels.")] = None,
     seeds: Seeds = "0,1,2",
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a small network on pairs, on few real pictures and on both; test on unseen ones."""
+    """Train a small network on pairs, on few real pictures, and on both; test on unseen ones."""
     from dualdiff_engine.evaluation import data, records, report, tasks
     from dualdiff_engine.evaluation.downstream import DownstreamOptions, run
 

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -20,12 +20,14 @@ import dualdiff_engine
 from dualdiff_engine import settings
 from dualdiff_engine.cli import demo as demos
 from dualdiff_engine.cli import evaluate as evaluation
+from dualdiff_engine.cli import tune as tuning
 from dualdiff_engine.cli.doctor import doctor, print_table
-from dualdiff_engine.cli.interrupt import INTERRUPTED, clean_stop
+from dualdiff_engine.cli.interrupt import INTERRUPTED, TERMINATED, clean_stop
 from dualdiff_engine.cli.options import (
     MOST_PAIRS,
     AdapterPath,
     AllowPickle,
+    Append,
     Backend,
     Base,
     Batch,
@@ -50,8 +52,10 @@ from dualdiff_engine.cli.options import (
     Size,
     Steps,
     Trust,
+    Tune,
 )
 from dualdiff_engine.cli.train import train
+from dualdiff_engine.cli.tune import continued
 from dualdiff_engine.errors import (
     AdapterError,
     BaseModelError,
@@ -66,11 +70,13 @@ if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.folder_writer import FolderWriter
 
-FAILED = 2
+FAILED, SET_ASIDE = 2, 3
+_STOPPED = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
-# what the library's messages tell Python callers to do, for the command line
-_SPOKEN = {
+# remedies for Python callers -> the same for the command line
+_REMEDIES = {
     "allow_pickle=True": "--allow-pickle",
+    "append=True": "--append",
     "background=Background(…)": "--background PICTURE",
     "exported=FOLDER": "--exported FOLDER",
     "pass batch=": "pass --batch ",
@@ -100,7 +106,8 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_e
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (by default that of the process); returns the exit code.
 
-    0 done; 2 an error, told in one line on stderr; 130 interrupted, finished pairs are kept.
+    0: done. 2: an error, in one line on stderr. 3: done, but pairs were set aside. 130 and 143:
+    stopped by Ctrl-C or SIGTERM; finished pairs are kept.
     """
     try:
         code = app(arguments, prog_name="dualdiff", standalone_mode=False)
@@ -109,22 +116,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = error.ctx.command_path if error.ctx else "dualdiff"
         return _fail(f"{message}: see {command} --help")
     except (AdapterError, DataError) as error:
-        # they may hold a command or one file, on a line of its own to be copied
+        # these may list a command or a file per line, to be copied
         return _fail(str(error))
     except DualDiffError as error:
         return _fail(" ".join(str(error).split()))
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
-    if code == INTERRUPTED:
-        typer.echo("dualdiff: interrupted", err=True)
+    if code in _STOPPED:
+        _say(f"dualdiff: {_STOPPED[code]}")
     return code or 0
 
 
 def _fail(message: str) -> int:
-    for said, meant in _SPOKEN.items():
-        message = message.replace(said, meant)
-    typer.echo(f"dualdiff: {message}", err=True)
+    for python, option in _REMEDIES.items():
+        message = message.replace(python, option)
+    _say(f"dualdiff: {message}")
     return FAILED
+
+
+def _say(message: str) -> None:
+    """A line on stderr; a full or closed one costs nothing but the line."""
+    with suppress(OSError):
+        typer.echo(message, err=True)
 
 
 app.command()(train)
@@ -133,7 +146,7 @@ app.add_typer(evaluation.app, name="eval")
 
 @app.callback()
 def _common(version: Version = False) -> None:
-    # libraries speak of what their callers did, not of what the user can change
+    # messages of libraries are for their callers, not for the user of this command
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if not sys.warnoptions:
@@ -168,13 +181,15 @@ def generate(
     device: Device = "auto",
     backend: Backend = "auto",
     cuda_graph: CudaGraph = None,
+    tune: Tune = "auto",
     segmenter: Masker = None,
     exported: Exported = None,
     trust: Trust = False,
     allow_pickle: AllowPickle = False,
+    append: Append = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw pairs into a folder: image/, anomaly/, mask/ and what made them, manifest.jsonl."""
+    """Draw pairs into a folder: image/, anomaly/, mask/, and manifest.jsonl with their recipes."""
     sampling = _given(steps=steps, guidance=guidance, scheduler=scheduler)
     surroundings = _given(
         object_mask=object_mask, noise=background_noise, noise_seed=background_noise_seed
@@ -190,7 +205,7 @@ def generate(
     base, adapter, options = demos.filled(demo, base, adapter, options)
     from dualdiff_engine.folder_writer import FolderWriter
 
-    with FolderWriter(out) as writer:
+    with FolderWriter(out, append=append) as writer:
         from dualdiff_engine.engine import Engine
 
         with Engine.from_pretrained(
@@ -198,14 +213,15 @@ def generate(
             adapter=adapter,
             dtype=dtype,
             device=device,
-            backend=backend,
+            backend=continued(out, backend, device, dtype) if exported is None else backend,
+            tune=tune,
             cuda_graph=cuda_graph,
             max_batch=batch,
             allow_pickle=allow_pickle,
             exported=exported,
             trust=trust,
         ) as engine:
-            _write_pairs(engine, engine.stream(**options), writer, quiet)
+            _write_pairs(engine, options, writer, quiet)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -214,10 +230,10 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _chosen_seeds(count: int | None, seeds: str | None, first: int | None) -> dict[str, Any]:
-    """The arguments of `Engine.stream` that say which pairs."""
+    """The arguments of `Engine.stream` that select the pairs."""
     if seeds is not None:
         if count is not None or first is not None:
-            raise SettingsError("--seeds says which pairs: leave out --count and --seed")
+            raise SettingsError("--seeds already selects the pairs: leave out --count and --seed")
         return {"seeds": _listed(seeds)}
     if first is None:
         return {"n": count or 1}
@@ -236,8 +252,8 @@ def _listed(text: str) -> list[int]:
         stop = int(match[2] or start + 1) if match else 0
         if not start < stop <= start + MOST_PAIRS:
             raise SettingsError(
-                f"--seeds: {part!r} is neither a seed nor an upward range: use 1,2,5 or 10:20, for "
-                f"at most {MOST_PAIRS:,} pairs"
+                f"--seeds: {part!r} is not a seed or an ascending range: use 1,2,5 or 10:20, at "
+                f"most {MOST_PAIRS:,} pairs"
             )
         settings.require_seed(stop - 1)
         chosen.extend(range(start, stop))
@@ -263,18 +279,35 @@ def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | N
     return opened(Background(picture, **given))
 
 
-def _write_pairs(engine: Engine, pairs: Any, writer: FolderWriter, quiet: bool) -> None:
-    written = empty = 0
-    # closed, the generator ends its progress bar, which would run over an error's line
-    with closing(pairs), clean_stop(engine.interrupt) as stopped:
-        for pair in pairs:
-            writer.write(pair)
-            written += 1
-            empty += pair.empty_mask
-    if not quiet:
-        typer.echo(f"new pairs in {writer.root}: {written} (empty masks: {empty})")
+def _write_pairs(
+    engine: Engine, options: dict[str, Any], writer: FolderWriter, quiet: bool
+) -> None:
+    """Draw what the folder lacks. Raises typer.Exit unless every pair is there in the end."""
+    from dualdiff_engine.folder_writer import QUARANTINE
+
+    written = empty = full = 0
+    with clean_stop(engine.interrupt) as stopped:
+        pairs = engine.stream(**options, resume=writer, on_fault=writer.quarantine)
+        # closed, the generator ends its progress bar, which would run over an error's line
+        with closing(pairs):
+            for pair in pairs:
+                writer.write(pair)
+                written += 1
+                empty += pair.empty_mask
+                full += pair.full_mask
+    lines = [f"new pairs in {writer.root}: {written} (empty masks: {empty}, full masks: {full})"]
+    if writer.present:
+        lines.append(f"{writer.present} of {writer.present + written} pairs were already there")
+    if writer.set_aside:
+        lines.append(f"set aside as unusable: {writer.set_aside}, see {writer.root / QUARANTINE}")
+    # pairs are on the disk: a closed standard output must not look like a failure
+    with suppress(OSError):
+        for line in lines if not quiet else []:
+            typer.echo(line)
     if stopped.is_set():
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(stopped.code)
+    if writer.set_aside:
+        raise typer.Exit(SET_ASIDE)
 
 
 @app.command()
@@ -283,7 +316,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
 ) -> None:
-    """Write an adapter as .safetensors. Opens pickles, for tensors only: convert what you trust."""
+    """Write an adapter as .safetensors. Opens pickles, tensors only: convert only trusted files."""
     if target.exists() and not force:
         raise SettingsError(f"{target} exists: pass --force to overwrite it")
     from dualdiff_engine import adapters
@@ -296,11 +329,13 @@ def convert(
 @app.command()
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Adapter file, its folder, or checkpoint-N.")],
-    base: Annotated[str | None, typer.Option(help="A base model that it should fit.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Also check that the adapter fits this base model.")
+    ] = None,
     as_json: Json = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Show what an adapter holds, and whether it fits a base model."""
+    """Show what an adapter contains, and whether it fits a base model."""
     from dualdiff_engine import adapters
 
     loaded = adapters.load(adapter, allow_pickle=allow_pickle)
@@ -314,7 +349,7 @@ def inspect(
     summary["branches"] = ", ".join(summary["branches"])
     summary["context_width"] = ", ".join(map(str, summary["context_width"]))
     summary["parameters"] = f"{summary['parameters']:,}"
-    summary["background"] = "needed; its learnt share per site:" if blend else "none"
+    summary["background"] = "needed; learnt blend weight per site:" if blend else "none"
     summary["fits"] = base or "not checked: pass --base"
     rows = ((name.replace("_", " "), value) for name, value in summary.items())
     print_table(chain(rows, ((name, f"{value:.4f}") for name, value in blend.items())))
@@ -330,9 +365,12 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
         config = json.loads(path.read_text("utf-8"))
         width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaseModelError(f"{path} cannot be read: the base model is incomplete") from error
+        raise BaseModelError(
+            f"{path} cannot be read: the base model is incomplete, download it again"
+        ) from error
     layer = "text_model.encoder.layers.{}.self_attn"
     return model.site_shapes, {layer.format(n): width for n in range(layers)}
 
 
 app.command()(doctor)
+app.command("tune")(tuning.tune)

@@ -12,36 +12,46 @@ from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import ANOMALY_PROMPT, IMAGE_PROMPT
 from dualdiff_engine.training.options import TrainingOptions
 
-Base = Annotated[str, typer.Option(help="Stable Diffusion folder (diffusers) or hub id.")]
-Data = Annotated[Path, typer.Option(help="Folder in MVTec layout: test/, ground_truth/.")]
-Defect = Annotated[str, typer.Option(help="Its folder under test/ and ground_truth/.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; a run that it holds is continued.")]
-Pictures = Annotated[int | None, typer.Option(help="The first so many by name; by default all.")]
-Background = Annotated[
-    bool, typer.Option("--background", help="Learn the surroundings; needs object_mask/DEFECT.")
+Base = Annotated[
+    str, typer.Option(help="Base model: a Stable Diffusion folder (diffusers) or hub id.")
 ]
-TextEncoder = Annotated[bool, typer.Option("--text-encoder", help="Train LoRA on it, too.")]
-Rank = Annotated[int, typer.Option(help="Of all LoRA.")]
+Data = Annotated[Path, typer.Option(help="Pictures in MVTec layout: test/, ground_truth/.")]
+Defect = Annotated[
+    str, typer.Option(help="Name of the defect's folder in test/ and ground_truth/.")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write. An existing run in it is resumed.")]
+Pictures = Annotated[
+    int | None, typer.Option(help="Use only the first N pictures, sorted by name (default: all).")
+]
+Background = Annotated[
+    bool, typer.Option("--background", help="Also learn the background; needs object_mask/DEFECT.")
+]
+TextEncoder = Annotated[
+    bool, typer.Option("--text-encoder", help="Also train LoRA on the text encoder.")
+]
+Rank = Annotated[int, typer.Option(help="Rank of every LoRA.")]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
 Batch = Annotated[int, typer.Option(help="Pictures per forward pass.")]
-Accumulate = Annotated[int, typer.Option(help="Forward passes per step.")]
-Size = Annotated[int | None, typer.Option(help="Pixels of a side; by default the base's.")]
-Dropout = Annotated[float, typer.Option(help="Share of pictures trained with empty prompts.")]
+Accumulate = Annotated[int, typer.Option(help="Forward passes per optimizer step.")]
+Size = Annotated[
+    int | None, typer.Option(help="Side of the pictures in pixels (default: the base model's).")
+]
+Dropout = Annotated[float, typer.Option(help="Probability of training with empty prompts.")]
 Flips = Annotated[Literal["none", "horizontal", "vertical", "both"], typer.Option()]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"], typer.Option(help="Of the frozen networks.")
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="Dtype of the frozen networks.")
 ]
 Checkpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    bool, typer.Option("--gradient-checkpointing", help="Use less memory and a third more time.")
 ]
-Every = Annotated[int, typer.Option(help="Steps between states to continue from.")]
+Every = Annotated[int, typer.Option(help="Steps between saved states to resume from.")]
 SampleEvery = Annotated[
-    int, typer.Option(help="Steps between adapters kept with a sheet of pairs; 0 for none.")
+    int, typer.Option(help="Steps between kept adapters with a contact sheet (0: none).")
 ]
 SaveDtype = Annotated[
-    Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the adapter file.")
+    Literal["float32", "float16", "bfloat16"], typer.Option(help="Dtype of the adapter file.")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, … or auto.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
 
@@ -54,18 +64,25 @@ def train(
     background: Background = False,
     text_encoder: TextEncoder = False,
     rank: Rank = 32,
-    blend_width: Annotated[int, typer.Option(help="Of the background's affine maps.")] = 320,
+    blend_width: Annotated[
+        int, typer.Option(help="Inner width of the background's affine maps.")
+    ] = 320,
     size: Size = None,
     flips: Flips = "both",
-    latents: Annotated[Literal["sample", "mean"], typer.Option(help="Of the VAE.")] = "sample",
+    latents: Annotated[
+        Literal["sample", "mean"],
+        typer.Option(help="Draw from the VAE's posterior, or take its mean."),
+    ] = "sample",
     steps: Steps = 5000,
     batch: Batch = 4,
     accumulate: Accumulate = 1,
     learning_rate: Annotated[float, typer.Option()] = 2e-5,
     lr_schedule: Annotated[Literal["constant", "cosine"], typer.Option()] = "constant",
-    warmup: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = 0,
+    warmup: Annotated[int, typer.Option(help="Steps of rising learning rate at the start.")] = 0,
     weight_decay: Annotated[float, typer.Option()] = 1e-2,
-    max_grad_norm: Annotated[float, typer.Option(help="0 for no clipping.")] = 1.0,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Largest gradient norm (0: no clipping).")
+    ] = 1.0,
     prompt_dropout: Dropout = 0.0,
     image_prompt: Annotated[str, typer.Option()] = IMAGE_PROMPT,
     anomaly_prompt: Annotated[str, typer.Option()] = ANOMALY_PROMPT,
@@ -75,12 +92,12 @@ def train(
     gradient_checkpointing: Checkpointing = False,
     checkpoint_every: Every = 500,
     sample_every: SampleEvery = 1000,
-    samples: Annotated[int, typer.Option(help="Pairs on a sheet.")] = 4,
-    sample_steps: Annotated[int, typer.Option(help="Scheduler steps of those.")] = 50,
+    samples: Annotated[int, typer.Option(help="Pairs on a contact sheet.")] = 4,
+    sample_steps: Annotated[int, typer.Option(help="Scheduler steps of these pairs.")] = 50,
     save_dtype: SaveDtype = "float32",
     quiet: Quiet = False,
 ) -> None:
-    """Train an adapter from pictures of a defect and their masks; killed runs are continued."""
+    """Train an adapter from pictures of a defect and their masks. Interrupted runs are resumed."""
     given = locals()
     others = ("base", "data", "out", "quiet")
     options = TrainingOptions(**{k: v for k, v in given.items() if k not in others})

@@ -27,9 +27,12 @@ BACKGROUND_SEED = 1
 
 @dataclass(frozen=True)
 class Preset:
-    """An adapter of the demo and how it is drawn with.
+    """An adapter of the demo, and the settings to draw with it.
 
-    adapter: its folder. background: it was trained with surroundings and needs some.
+    Attributes:
+        part: washer, fabric or tile.
+        defect: what the adapter draws.
+        background: True if the adapter was trained with a background and needs one.
     """
 
     part: str
@@ -75,7 +78,7 @@ PRESETS = {
 
 
 def find(name: str) -> Preset:
-    """Raises SettingsError for a name that no preset has."""
+    """The preset of a name such as "washer/stain". Raises SettingsError if there is none."""
     if name not in PRESETS:
-        raise SettingsError(f"no demo {name!r}: there are {', '.join(PRESETS)}")
+        raise SettingsError(f"no demo {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -54,14 +54,23 @@ class Sample:
 def find_pairs(
     root: str | Path, *, object_mask: str | Path | None = None, fewest: int = 2
 ) -> list[Sample]:
-    """Samples in a folder that `dualdiff generate` wrote, or in one in MVTec layout.
+    """Find pairs in a folder that `dualdiff generate` wrote, or in one in MVTec layout.
 
-    The first has `image/`, `mask/`, where there are `anomaly/` and `object_mask/` (same names),
-    and as a rule `manifest.jsonl`, which then says what belongs to the run and tells defects apart
-    by their adapters. object_mask: one for all samples, which none has otherwise.
+    The first has `image/`, `mask/`, optionally `anomaly/` and `object_mask/` (same file names), and
+    as a rule `manifest.jsonl`, which lists the pairs and distinguishes defects by their adapters.
 
-    Raises DataError: it is neither, fewer than `fewest` samples, files are missing, unreadable or
-    of different sizes, or no mask holds a defect. SettingsError: object_mask cannot be read.
+    Args:
+        root: the folder.
+        object_mask: one object mask for all pairs, in white.
+        fewest: the least number of pairs.
+
+    Returns:
+        The pairs, in the order of the manifest or of their names.
+
+    Raises:
+        DataError: the folder has neither layout or too few pairs, files are missing, unreadable or
+            of different sizes, or every mask is empty.
+        SettingsError: `object_mask` cannot be read.
     """
     root = Path(root)
     if (root / "image").is_dir():
@@ -70,24 +79,37 @@ def find_pairs(
         samples = find_real(root)
     else:
         raise DataError(
-            f"{root}: no pairs: pass a folder that `dualdiff generate` wrote (image/, mask/) or "
-            "one in MVTec layout (test/, ground_truth/)"
+            f"{root} holds no pairs: pass a folder that `dualdiff generate` wrote (image/, mask/) "
+            "or one in MVTec layout (test/, ground_truth/)"
         )
     if len(samples) < fewest:
-        raise DataError(f"{root}: {len(samples)} pairs, at least {fewest} are needed: draw more")
+        raise DataError(
+            f"{root}: {len(samples)} pairs found, at least {fewest} are needed: draw more"
+        )
     if object_mask is not None:
         open_picture(object_mask, "object mask", "L")
         samples = [replace(sample, object_mask=Path(object_mask)) for sample in samples]
     check_files(root, samples)
     if not any(sample.flags().any() for sample in samples):
-        raise DataError(f"{root}: every mask is empty: nothing to measure")
+        raise DataError(
+            f"{root}: every mask is empty, so nothing can be measured: draw other pairs"
+        )
     return samples
 
 
 def find_real(root: str | Path, defect: str | None = None) -> list[Sample]:
-    """Real pictures with masks, in MVTec layout: of one defect, or (None) of all.
+    """Find real pictures with masks in MVTec layout.
 
-    Raises DataError with every fault of every file, SettingsError for an impossible defect.
+    Args:
+        root: the folder that holds `test/` and `ground_truth/`.
+        defect: a folder in `test/`; None takes all but `good`.
+
+    Returns:
+        The pictures, sorted by defect and name.
+
+    Raises:
+        DataError: files are missing or unusable; one line per fault.
+        SettingsError: `defect` is not the name of a folder.
     """
     root = Path(root)
     names = [defect] if defect else sorted(p.name for p in (root / "test").glob("*") if p.is_dir())
@@ -107,7 +129,9 @@ def find_good(root: str | Path, part: str, fewest: int = 2) -> list[Path]:
     folder = Path(root) / part / "good"
     found = pictures_in(folder)
     if len(found) < fewest:
-        raise DataError(f"{folder}: {len(found)} good pictures, at least {fewest} are needed")
+        raise DataError(
+            f"{folder}: {len(found)} good pictures found, at least {fewest} are needed: add more"
+        )
     return found
 
 
@@ -164,11 +188,14 @@ def _of_run(root: Path) -> list[Sample]:
 
 
 def _refuse_others(root: Path, names: set[str]) -> None:
-    """Without a manifest, a mask without an image is a mistake; the reverse is told later."""
+    """Without a manifest, a mask without an image is a mistake; the reverse is found later."""
     for kind in ("mask", "anomaly"):
         for path in pictures_in(root / kind):
             if path.name not in names:
-                raise DataError(f"{path}: no image of this name in {root / 'image'}")
+                raise DataError(
+                    f"{path}: {root / 'image'} has no image of this name: add it or remove "
+                    "this file"
+                )
 
 
 def _rows(manifest: Path) -> Iterator[tuple[str, str]]:
@@ -185,7 +212,9 @@ def _rows(manifest: Path) -> Iterator[tuple[str, str]]:
             raise DataError(f"{manifest}: line {number} is damaged: draw the run again") from error
         name = file.removeprefix("image/")
         if not name or "/" in name or "\\" in name or name == "..":
-            raise DataError(f"{manifest}: line {number} names {file!r}: expected image/NAME")
+            raise DataError(
+                f"{manifest}: line {number} has image path {file!r}, expected image/NAME"
+            )
         yield name, _defect(adapter)
 
 
@@ -212,10 +241,10 @@ def _faults(sample: Sample) -> list[str]:
             other = _size(path)
         except (OSError, SyntaxError, ValueError):
             state = "is not a readable picture" if path.is_file() else "is missing"
-            faults.append(f"{path} {state}: it belongs to {sample.image}")
+            faults.append(f"{path} {state}; it belongs to {sample.image}")
             continue
         if other != size:
-            faults.append(f"{path} is {other}, its image {size}: make them match")
+            faults.append(f"{path} has size {other}, its image {size}: make them equal")
     return faults
 
 

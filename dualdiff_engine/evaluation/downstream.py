@@ -32,10 +32,16 @@ FEWEST = 2
 class DownstreamOptions:
     """How every network is trained.
 
-    steps: optimizer steps. batch: pictures per step, half of them good, none where there are none.
-    learning_rate: the peak of a rise over the first tenth and a cosine to zero (AdamW). seeds: a
-    training each; they set the initial weights, the order and the augmentation. size: pixels of a
-    side. widths: of the U-Net.
+    Args:
+        steps: optimizer steps.
+        batch: pictures per step, an even number; half of them are good, if there are good ones.
+        learning_rate: of AdamW: rises over the first tenth to this value, then a cosine to zero.
+        seeds: one training run per seed, for initial weights, order and augmentation.
+        size: side of the square pictures in pixels.
+        widths: channels of the U-Net per level.
+
+    Raises:
+        SettingsError: a value is out of its range.
     """
 
     steps: int = 300
@@ -105,21 +111,32 @@ class Task:
 def run(
     task: Task, options: DownstreamOptions, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Train a network per arm and seed, and test each; JSON-ready.
+    """Train a network per arm and seed, and test each.
 
-    Returns `options`, numbers of pictures, and per arm its `runs` (a row per seed: `seed`, the
-    metrics, `seconds` of training), their `mean` and `spread` (sample standard deviation, None for
-    one seed). Pixel metrics are over all pixels of all test pictures, good ones included; the
-    score of a picture is the largest mean logit over a window of 5 x 5.
+    Pixel metrics are over all pixels of all test pictures, good ones included. The score of a
+    picture is the largest mean logit over a window of 5 x 5.
 
-    Raises SettingsError for fewer than two pictures of a kind, or arms without a marked picture.
+    Args:
+        task: pictures to train and to test on.
+        options: see `Options`.
+        report: called with one line of progress per network.
+
+    Returns:
+        `options`, numbers of pictures, and per arm its `runs` (a row per seed: `seed`, the metrics
+        in [0, 1], `seconds` of training), their `mean` and `spread` (sample standard deviation,
+        None for one seed); JSON-ready.
+
+    Raises:
+        SettingsError: fewer than two pictures of a kind, or an arm without a marked picture.
     """
     arms = {name: material.marked() for name, material in task.arms.items()}
     sizes = {f"arm {name!r}": len(m) for name, m in arms.items()}
     sizes |= {"test": len(task.test), "good test": len(task.test_good)}
     for name, count in sizes.items():
         if count < FEWEST:
-            raise SettingsError(f"{name}: {count} usable pictures, at least {FEWEST} are needed")
+            raise SettingsError(
+                f"{name}: {count} usable pictures found, at least {FEWEST} are needed: add more"
+            )
     record: dict[str, Any] = {
         "options": options.listed(),
         "threads": torch.get_num_threads(),
@@ -239,17 +256,17 @@ def _augmented(
     pictures: Tensor, masks: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """One of the square's eight symmetries, which move no pixel off the grid, and other light."""
-    turned, marks = [], []
+    rotated, marks = [], []
     for picture, mask in zip(pictures, masks, strict=True):
         turns, flip = torch.randint(4, (2,), generator=generator).tolist()
         picture, mask = picture.rot90(turns, (1, 2)), mask.rot90(turns, (0, 1))
-        turned.append(picture.flip(2) if flip % 2 else picture)
+        rotated.append(picture.flip(2) if flip % 2 else picture)
         marks.append(mask.flip(1) if flip % 2 else mask)
-    count = len(turned)
+    count = len(rotated)
     contrast = 1 + 0.2 * _signed(generator, count, 1, 1, 1)
     brightness = 0.1 * _signed(generator, count, 1, 1, 1)
     gain = 1 + 0.1 * _signed(generator, count, 3, 1, 1)
-    lit = (torch.stack(turned) - 0.5) * contrast + 0.5 + brightness
+    lit = (torch.stack(rotated) - 0.5) * contrast + 0.5 + brightness
     lit = (lit * gain).clamp(0, 1)
     return lit.contiguous(memory_format=torch.channels_last), torch.stack(marks)
 

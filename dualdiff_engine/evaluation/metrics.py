@@ -13,14 +13,21 @@ from dualdiff_engine.errors import SettingsError
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve: how often a positive outranks a negative, a tie counting half.
+    """Area under the ROC curve: how often a positive outranks a negative; a tie counts half.
 
-    scores: real, any shape, no NaN. labels: the same shape, nonzero on positives. In [0, 1], 0.5
-    for a constant. Raises SettingsError when they do not match, or one class is missing.
+    Args:
+        scores: real, any shape, no NaN.
+        labels: the same shape, nonzero on positives.
+
+    Returns:
+        A number in [0, 1]; 0.5 for constant scores.
+
+    Raises:
+        SettingsError: the shapes differ, scores hold NaN, or one class is missing.
     """
     true, false = _counts(scores, labels)
     if not false[-1]:
-        raise SettingsError("AUROC needs a negative: every label is positive")
+        raise SettingsError("AUROC needs negative labels, but every label is positive")
     recall, fallout = true / true[-1], false / false[-1]
     zero = torch.zeros(1, dtype=torch.float64)
     return float(torch.trapezoid(torch.cat([zero, recall]), torch.cat([zero, fallout])))
@@ -50,13 +57,13 @@ def _counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """True and false positives at every distinct threshold, highest first, float64 [T]."""
     if scores.shape != labels.shape:
         raise SettingsError(
-            f"scores {list(scores.shape)} and labels {list(labels.shape)} must have one shape"
+            f"scores {list(scores.shape)} and labels {list(labels.shape)} must have the same shape"
         )
     scores, positive = scores.flatten(), labels.flatten() != 0
     if scores.isnan().any():
         raise SettingsError("scores hold NaN: the predictor diverged")
     if not positive.any():
-        raise SettingsError("no label is positive: ranking metrics need one")
+        raise SettingsError("ranking metrics need positive labels, but no label is positive")
     ranked, order = scores.sort(descending=True)
     true = positive[order].double().cumsum(0)
     ends = torch.cat([ranked.diff().nonzero().flatten(), torch.tensor([len(ranked) - 1])])

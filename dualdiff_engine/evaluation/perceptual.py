@@ -40,7 +40,7 @@ class Inception:
         # checked here, since torch-fidelity unpickles whatever it is given
         state = _state(weights, INCEPTION_FILE)
         if "Mixed_7c.branch1x1.conv.weight" not in state:
-            raise SettingsError(f"{weights} holds no Inception v3 of torch-fidelity: {_get()}")
+            raise SettingsError(f"{weights} does not hold torch-fidelity's Inception v3: {_get()}")
         self._weights = str(weights)
 
     def __call__(self, samples: Sequence[Sample], train: Sequence[Sample] = ()) -> dict[str, Any]:
@@ -111,7 +111,9 @@ class Lpips:
             found = {name: state[f"features.{own}"] for name, own in names.items()}
             network.net.load_state_dict(found)
         except (KeyError, RuntimeError) as error:
-            raise SettingsError(f"{weights} holds no VGG-16 of torchvision: {_get()}") from error
+            raise SettingsError(
+                f"{weights} does not hold torchvision's VGG-16: {_get()}"
+            ) from error
         self._network = network.eval()
 
     @torch.inference_mode()
@@ -178,12 +180,14 @@ def _imported(module: str, package: str) -> Any:
 def _state(weights: str | Path, usual: str) -> dict[str, Tensor]:
     path = Path(weights)
     if not path.is_file():
-        raise SettingsError(f"no weights {str(path)!r}: save {usual} there; nothing is downloaded")
+        raise SettingsError(
+            f"no weights file {str(path)!r}: save {usual} there; nothing is downloaded"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch tells a damaged or hostile file by errors of many classes
+    # torch reports a damaged or hostile file by errors of many classes
     except Exception as error:
-        raise SettingsError(f"{path} is no file of weights: save {usual} again") from error
+        raise SettingsError(f"{path} is not a valid weights file: save {usual} again") from error
     if not isinstance(state, dict):
-        raise SettingsError(f"{path} is no file of weights: save {usual} again")
+        raise SettingsError(f"{path} is not a valid weights file: save {usual} again")
     return state

@@ -1,4 +1,4 @@
-"""What pairs say about themselves, without any weights: agreement, masks, diversity, copies.
+"""Measures of pairs that need no weights: agreement, masks, diversity, copies.
 
 All distances are root mean squares over pixels and channels, in [0, 1], of pictures reduced to
 64 x 64: they see pose, layout and colour, and are blind to noise.
@@ -27,10 +27,18 @@ _ROWS = 256
 
 
 def measure(samples: Sequence[Sample], train: Sequence[Sample] = ()) -> dict[str, Any]:
-    """All measures of the pairs of one defect; JSON-ready, None for what cannot be told.
+    """All measures of the pairs of one defect.
 
-    train: the real pictures that the adapter was trained on, to compare with. Memory grows by
-    50 KB a pair, time by the square of their number only in the pairwise distances.
+    Memory grows by 50 KB per pair; the time of the pairwise distances grows by the square of their
+    number.
+
+    Args:
+        samples: pairs of one defect.
+        train: the real pictures that the adapter was trained on, to compare with.
+
+    Returns:
+        `pairs`, `train`, `agreement`, `masks`, `diversity` and `copies`, JSON-ready; None where
+        something cannot be measured. Distances and shares are in [0, 1].
     """
     drawn, real = _Reduced(samples), _Reduced(train) if train else None
     return {
@@ -81,9 +89,9 @@ def masks(samples: Sequence[Sample]) -> dict[str, Any]:
 
     empty: share of the samples. area: mean and quantiles of the share of the picture, of those
     that are not empty. parts: mean number of connected parts. off_object: mean share of the mask
-    that lies beside the object, None where no object mask is known.
+    that lies outside the object, None where no object mask is known.
     """
-    areas, parts, beside = [], [], []
+    areas, parts, outside = [], [], []
     for sample in samples:
         mask = sample.flags()
         if not mask.any():
@@ -92,14 +100,14 @@ def masks(samples: Sequence[Sample]) -> dict[str, Any]:
         parts.append(cv2.connectedComponents(mask.astype(np.uint8))[0] - 1)
         if sample.object_mask is not None:
             whole = np.asarray(open_picture(sample.object_mask, "object mask", "L")) > 127
-            beside.append(float((mask & ~whole).sum() / mask.sum()))
+            outside.append(float((mask & ~whole).sum() / mask.sum()))
     names = {"smallest": 0, "p05": 5, "median": 50, "p95": 95, "largest": 100}
     area = {n: float(np.percentile(areas, q)) for n, q in names.items()} if areas else {}
     return {
         "empty": 1 - len(areas) / len(samples),
         "area": {"mean": _mean(areas), **area},
         "parts": _mean(parts),
-        "off_object": _mean(beside),
+        "off_object": _mean(outside),
     }
 
 
@@ -144,7 +152,7 @@ def copies(drawn: _Reduced, train: _Reduced) -> dict[str, Any]:
     For whole pictures (`image`) and for what their masks cut out (`defect`): `nearest`, the median
     distance to the nearest training picture; `nearest_train`, the same of training pictures to each
     other; `ratio` of the two, near 1 for pictures as new as real ones; `copies`, names of pairs
-    whose own ratio is below 0.5. A shifted or turned copy is not found.
+    whose own ratio is below 0.5. A shifted or rotated copy is not found.
     """
     return {
         "image": _repeated(drawn.images, train.images, drawn.names),

@@ -23,10 +23,19 @@ def quality_record(
     extra: Mapping[str, Measure] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`versions`, and under `defects` the measures of `quality.measure` for every defect.
+    """Measure the quality of pairs, defect by defect.
 
-    extra: further measures by name. Raises DataError before measuring when it is unclear which
-    training pictures belong to which pairs.
+    Args:
+        pairs: as found by `data.find_pairs`.
+        train: the real pictures that the adapters were trained on.
+        extra: further measures by name, called with the pairs and training pictures of a defect.
+        report: called with one line of progress per defect.
+
+    Returns:
+        `versions`, and under `defects` the result of `quality.measure` per defect; JSON-ready.
+
+    Raises:
+        DataError: it is unclear which training pictures belong to which pairs.
     """
     groups = dict(quality.by_defect(pairs))
     matched = {name: _match(name, groups, train) for name in groups}
@@ -49,8 +58,8 @@ def _match(
     if len(real) == len(groups) == 1:
         return train
     raise DataError(
-        f"pairs of {', '.join(groups)} and training pictures of {', '.join(real)}: evaluate one "
-        "adapter at a time and choose its training pictures with --defect"
+        f"the pairs are of {', '.join(groups)}, the training pictures of {', '.join(real)}: "
+        "evaluate one adapter at a time and choose its training pictures with --defect"
     )
 
 
@@ -62,6 +71,6 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """JSON, all of it or nothing. Raises OutputError."""
+    """Write JSON, whole or not at all. Raises OutputError."""
     content = json.dumps(record, indent=2, allow_nan=False) + "\n"
     write_whole(path, content.encode())

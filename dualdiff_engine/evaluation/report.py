@@ -133,7 +133,7 @@ _MEASURES = (
     ("area of masks, 95 %", "masks.area.p95"),
     ("parts per mask", "masks.parts"),
     ("of training masks", "masks.train.parts"),
-    ("mask beside the object", "masks.off_object"),
+    ("mask outside the object", "masks.off_object"),
     ("pairwise distance, images", "diversity.image"),
     ("of training pictures", "diversity.train.image"),
     ("pairwise distance, defects", "diversity.defect"),

@@ -29,18 +29,29 @@ TEST = 100
 def user_task(
     pairs: Sequence[Sample], real: Path, defect: str, size: int, few: int = FEW, more: int = 0
 ) -> Task:
-    """Arms on `generated` pairs, on the first `few` `real` pictures by name, and on `both`.
+    """The downstream task on a user's pictures: arms `real`, `generated`, `both`.
 
-    real: folder in MVTec layout, with `train/good` and `test/good`. more: where not 0, the arm
-    `ceiling` trains on that many real pictures beyond the few. The pictures after these are tested
-    on, in all arms. Raises DataError before anything is decoded for training.
+    Args:
+        pairs: generated pairs.
+        real: folder in MVTec layout, with `train/good` and `test/good`.
+        defect: a folder in `test/`.
+        size: side of the square pictures in pixels.
+        few: real pictures to train on, the first by name.
+        more: if not 0, a fourth arm `ceiling` trains on this many real pictures in addition.
+
+    Returns:
+        The task. All arms are tested on the real pictures after those.
+
+    Raises:
+        DataError: pictures are missing or unusable, or fewer than 2 are left for testing.
     """
     samples = find_real(real, defect)
     good, test_good = find_good(real, "train"), find_good(real, "test")
     if len(samples) < few + more + 2:
         raise DataError(
-            f"{real}/test/{defect}: {len(samples)} pictures, {few + more} to train on leave "
-            f"{max(len(samples) - few - more, 0)} to test on, at least 2 are needed: train on fewer"
+            f"{real}/test/{defect}: {len(samples)} pictures found. {few + more} of them for "
+            f"training leave {max(len(samples) - few - more, 0)} for testing, at least 2 are "
+            "needed: train on fewer"
         )
     arms = _arms(_loaded(samples[:few], size), _loaded(pairs, size))
     if more:

@@ -27,6 +27,8 @@ class AttentionSite(nn.Module):
     def __init__(self, ops: Ops, index: int, channels: int, heads: int, branches: int) -> None:
         super().__init__()
         self.ops, self.index, self.channels, self.heads = ops, index, channels, heads
+        # of `finish`, whose products have other shapes
+        self.out_ops = ops
         self.empty("out_weight", branches, channels, channels)
         self.empty("out_bias", channels)
         if branches == 2:
@@ -41,10 +43,10 @@ class AttentionSite(nn.Module):
         """attended and residual [N, S, C] -> residual + site output."""
         branches = call.branches
         flat = attended.view(branches, -1, self.channels)
-        out = self.ops.branch_linear(flat, self.out_weight[:branches], self.out_bias)
+        out = self.out_ops.branch_linear(flat, self.out_weight[:branches], self.out_bias)
         if branches == 1:
             return out.view_as(residual).add_(residual)
-        return self.ops.exchange(
+        return self.out_ops.exchange(
             out,
             self.gate_weight,
             self.gate_bias,
@@ -79,16 +81,16 @@ class SelfSite(AttentionSite):
             flat = hidden.view(call.branches, -1, self.channels)
             qkv = self.ops.branch_linear(flat, weight)
         else:
-            # the shares tell the guidance rows apart
+            # the background differs between the guidance rows
             hidden, residual = call.all_rows(hidden), call.all_rows(residual)
             flat = hidden.view(call.branches, -1, self.channels)
-            share = call.background[self.index]
-            qkv = self.ops.branch_linear(flat, weight, None, share, self.background_keep)
+            background_kv = call.background[self.index]
+            qkv = self.ops.branch_linear(flat, weight, None, background_kv, self.background_keep)
         qkv = qkv.view(*hidden.shape[:2], 3 * self.channels)
         attended = self.ops.attention(*qkv.chunk(3, dim=-1), self.heads)
         return self.finish(attended, residual, call)
 
-    def background_share(self, hidden: Tensor) -> Tensor:
+    def background_kv(self, hidden: Tensor) -> Tensor:
         """dK and dV of the image branch: [rows, S, C] of the background pass -> [rows, S, 2·C]."""
         return self.ops.linear(hidden, self.background_weight, self.background_bias)
 

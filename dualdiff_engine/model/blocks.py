@@ -40,6 +40,27 @@ class Plan:
         return self.sites - 1
 
 
+class Convolution(nn.Conv2d):
+    """PyTorch's, computed by the ops that are bound."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        inner: int,
+        outer: int,
+        width: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(inner, outer, width, stride, padding, bias=bias)
+        self.ops = ops
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [N, C, h, w] channels-last -> [N, D, h', w']."""
+        return self.ops.convolution(input, self.weight, self.bias, self.stride, self.padding)
+
+
 class ResnetBlock(nn.Module):
     """conv(silu(norm(x))) twice and a shortcut; the timestep enters as the first conv's bias."""
 
@@ -47,16 +68,20 @@ class ResnetBlock(nn.Module):
         super().__init__()
         groups, eps = plan.config.norm_groups, plan.config.norm_eps
         self.ops, self.index = plan.ops, index
+        # of the second norm, which has other channels
+        self.out_ops = plan.ops
         self.norm1 = nn.GroupNorm(groups, inner, eps)
-        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1, bias=False)
+        self.conv1 = Convolution(plan.ops, inner, outer, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(groups, outer, eps)
-        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
+        self.conv2 = Convolution(plan.ops, outer, outer, 3, padding=1)
+        other = inner != outer
+        self.conv_shortcut = Convolution(plan.ops, inner, outer, 1) if other else nn.Identity()
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
         hidden = norm_silu(self.ops, self.norm1, x)
-        hidden = F.conv2d(hidden, self.conv1.weight, call.time_bias[self.index], padding=1)
-        hidden = norm_silu(self.ops, self.norm2, hidden)
+        bias = call.time_bias[self.index]
+        hidden = self.ops.convolution(hidden, self.conv1.weight, bias, padding=1)
+        hidden = norm_silu(self.out_ops, self.norm2, hidden)
         return self.conv2(hidden).add_(self.conv_shortcut(x))
 
 
@@ -85,9 +110,9 @@ class TransformerBlock(nn.Module):
         """hidden [N, S, C] -> [N, S, C] with all guidance rows."""
         normed = self.norm1(hidden)
         if call.record_background:
-            call.recorded.append(self.attn1.background_share(normed))
+            call.recorded.append(self.attn1.background_kv(normed))
             if self.last:
-                # nothing after the last recorded share is ever read
+                # nothing after the last recorded background is ever read
                 return hidden
         hidden = self.attn1(normed, hidden, call)
         hidden = self.attn2(self.norm2(hidden), hidden, call)
@@ -101,6 +126,8 @@ class Transformer(nn.Module):
     def __init__(self, plan: Plan, channels: int, heads: int, layers: int) -> None:
         super().__init__()
         self.ops = plan.ops
+        # of the last product, which adds a residual
+        self.out_ops = plan.ops
         self.norm = nn.GroupNorm(plan.config.norm_groups, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
@@ -115,7 +142,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             hidden = block(hidden, call)
         residual = as_tokens(call.all_rows(x))
-        hidden = self.ops.linear(hidden, self.proj_out.weight, self.proj_out.bias, residual)
+        hidden = self.out_ops.linear(hidden, self.proj_out.weight, self.proj_out.bias, residual)
         return as_map(hidden, size)
 
 
@@ -153,7 +180,9 @@ class Level(nn.Module):
             if attention:
                 self.attentions.append(plan.transformer(outer, level))
         stride = 2 if resample == "down" else 1
-        self.resample = nn.Conv2d(outer, outer, 3, stride, padding=1) if resample else None
+        self.resample = (
+            Convolution(plan.ops, outer, outer, 3, stride, padding=1) if resample else None
+        )
 
     def steps(self) -> Iterator[tuple[ResnetBlock, Transformer | None]]:
         attentions = cast(list[Transformer | None], list(self.attentions))

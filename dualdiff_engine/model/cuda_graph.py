@@ -6,6 +6,7 @@ buffers that stay where they are: the inputs of a call, and the weights that an 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.model.unet import DualUNet
-from dualdiff_engine.ops import Ops
+from dualdiff_engine.ops.proof import first_line
+
+logger = logging.getLogger(__name__)
 
 # compiles kernels, lets libraries choose theirs and allocate their workspaces
 WARM_UP = 2
@@ -99,12 +102,17 @@ class GraphedDenoiser:
     The same calls with the same results, bit for bit. Seeds, prompts, timesteps, backgrounds and
     adapters change without a new capture; another batch, size, number of guidance rows, or a
     background where there was none is captured when it is first met, which takes three denoiser
-    calls. capture: how a function is recorded, by default on the network's GPU.
-    Raises BackendError when the network is not on a GPU.
+    calls. A capture is used once a replay gave the network's own result, bit for bit. capture: how
+    a function is recorded, by default on the network's GPU. required: whether what cannot be
+    captured is an error; else the network itself runs, and `refused` says why.
+    Raises BackendError when the network is not on a GPU, and where `required` is not met.
     """
 
-    def __init__(self, unet: DualUNet, capture: Capture | None = None) -> None:
-        self.unet = unet
+    def __init__(
+        self, unet: DualUNet, capture: Capture | None = None, *, required: bool = True
+    ) -> None:
+        self.unet, self._required = unet, required
+        self.refused = ""
         self._capture = capture or CudaCapture(unet.conv_in.weight.device)
         self._graphs: dict[tuple[object, ...], tuple[Inputs, Run]] = {}
         self._owns_adapter = False
@@ -182,13 +190,39 @@ class GraphedDenoiser:
             self._own_adapter()
             if len(self._graphs) == MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            buffers = inputs.copy()
-            graph = buffers, self._capture(lambda: run(buffers))
+            graph = self._proved(run, inputs.copy())
         # in order of use
         self._graphs[key] = graph
         buffers, replay = graph
         buffers.fill(inputs)
         return [result.clone() for result in replay()]
+
+    def _proved(self, run: Callable[[Inputs], list[Tensor]], buffers: Inputs) -> tuple[Inputs, Run]:
+        """A capture whose replay equals the network itself, or the network itself."""
+
+        def plainly() -> list[Tensor]:
+            return run(buffers)
+
+        refused = self.refused
+        try:
+            if not refused:
+                replay = self._capture(plainly)
+                # a replay writes to what the one before returned
+                replayed = [result.clone() for result in replay()]
+                if all(map(torch.equal, replayed, plainly())):
+                    return buffers, replay
+                refused = "a replay differs from the network's own result"
+        except torch.OutOfMemoryError:
+            raise
+        # what a library cannot do during a capture
+        except RuntimeError as error:
+            refused = first_line(error)
+        if self._required:
+            raise BackendError(f"CUDA graphs cannot be used here: {refused}; leave cuda_graph out")
+        if not self.refused:
+            logger.warning("CUDA graphs are off: %s", refused)
+        self.refused = refused
+        return buffers, plainly
 
     def _own_adapter(self) -> None:
         """Give the network a copy of its adapter: the next one may be written over it."""
@@ -198,8 +232,8 @@ class GraphedDenoiser:
             self._owns_adapter = True
 
 
-def wanted(asked: bool | None, device: torch.device, ops: Ops) -> bool:
-    """Whether to capture; by default where Triton's kernels serve attention on a GPU.
+def wanted(asked: bool | None, device: torch.device) -> bool:
+    """Whether to capture; by default on every GPU.
 
     Raises SettingsError when graphs are asked for without a GPU.
     """
@@ -207,5 +241,4 @@ def wanted(asked: bool | None, device: torch.device, ops: Ops) -> bool:
         raise SettingsError(f"cuda_graph needs an NVIDIA GPU, the engine is on {device}")
     if asked is not None:
         return asked
-    row = next(row for row in ops.table if row.op == "attention")
-    return device.type == "cuda" and row.backend == "triton"
+    return device.type == "cuda"

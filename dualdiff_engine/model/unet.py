@@ -9,7 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dualdiff_engine.model.blocks import Level, MiddleLevel, Plan, TransformerBlock, norm_silu
+from dualdiff_engine.model.blocks import (
+    Convolution,
+    Level,
+    MiddleLevel,
+    Plan,
+    TransformerBlock,
+    norm_silu,
+)
 from dualdiff_engine.model.call import Call
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.ops import Ops
@@ -32,12 +39,12 @@ class DualUNet(nn.Module):
         with torch.device("meta"):
             self.time_linear_1 = nn.Linear(channels[0], config.time_width)
             self.time_linear_2 = nn.Linear(config.time_width, config.time_width)
-            self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+            self.conv_in = Convolution(ops, config.in_channels, channels[0], 3, padding=1)
             skips = self._build_down(plan)
             self.middle = MiddleLevel(plan)
             self._build_up(plan, skips)
             self.norm_out = nn.GroupNorm(config.norm_groups, channels[0], config.norm_eps)
-            self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+            self.conv_out = Convolution(ops, channels[0], config.out_channels, 3, padding=1)
             # every resnet's time projection, stacked, with the bias of the conv it joins
             self.time_table = nn.Linear(config.time_width, sum(plan.time_widths))
         self.time_widths = plan.time_widths

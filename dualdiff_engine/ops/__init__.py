@@ -19,6 +19,7 @@ from dualdiff_engine.ops.choice import (
     bind,
     requested,
     serves,
+    usual,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "bind",
     "requested",
     "serves",
+    "usual",
 ]

@@ -9,6 +9,7 @@ neither on the rows beside it nor on the number of threads, oneDNN's products as
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,17 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine.ops import flops, onednn
+from dualdiff_engine.ops import contracts, flops, onednn
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 
-_native: Any = None
-_missing = ""
-try:
-    _native = importlib.import_module("dualdiff_engine._native")
-except ModuleNotFoundError:
-    _missing = "not built: DUALDIFF_BUILD_NATIVE=cpu pip install ."
-except ImportError as error:
-    _missing = f"the extension cannot be loaded: {error}"
+# as oneDNN's ONEDNN_MAX_CPU_ISA: instructions to use instead of the best, or "off"
+ISA = "DUALDIFF_NATIVE_ISA"
+
+
+def _load() -> tuple[Any, str, str]:
+    """(the extension or None, its instructions, why it is not there)."""
+    asked = os.environ.get(ISA, "")
+    if asked == "off":
+        return None, "", f"switched off by {ISA}"
+    try:
+        native = importlib.import_module("dualdiff_engine._native")
+        if asked:
+            native.use_level(asked)
+    except ModuleNotFoundError:
+        return None, "", "not built: DUALDIFF_BUILD_NATIVE=cpu pip install ."
+    except ImportError as error:
+        return None, "", f"the extension cannot be loaded: {error}"
+    except ValueError as error:
+        return None, "", f"{ISA}={asked}: {error}; it has {', '.join(native.levels())}"
+    return native, asked or native.levels()[0], ""
+
+
+_native, _level, _missing = _load()
 
 # op -> whether part of it is oneDNN's
 OPS = {"attention": False, "exchange": True, "group_norm_silu": False}
@@ -50,17 +66,16 @@ def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, 
         ok, reason = onednn.supported(op, device, dtype)
         if not ok:
             return False, reason
-    return True, f"C++ kernels for {_native.levels()[0]}"
+    return True, f"C++ kernels for {_level}"
 
 
-def _checked(op: str, *tensors: Tensor) -> bool:
-    """Whether the tensors are bf16; ValueError unless all are on the CPU and of one known dtype."""
-    dtypes, devices = {x.dtype for x in tensors}, {x.device.type for x in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES) or devices != {"cpu"}:
+def _is_bf16(op: str, input: Tensor) -> bool:
+    """ValueError unless it is fp32 or bf16 on the CPU; the others are of its dtype."""
+    if input.dtype not in DTYPES or input.device.type != "cpu":
         raise ValueError(
-            f"{op} takes fp32 or bf16 on the CPU, one for all; got {dtypes} on {devices}"
+            f"{op} takes fp32 or bf16 on the CPU; got {input.dtype} on {input.device.type}"
         )
-    return torch.bfloat16 in dtypes
+    return input.dtype == torch.bfloat16
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int]:
@@ -98,26 +113,9 @@ def attention(
     adjacent are copied. Softmax and sums in fp32; in bf16 the weights are rounded before they meet
     the values where the processor multiplies bf16. Raises ValueError on other inputs.
     """
-    sources = [key, value]
-    if more_key is not None and more_value is not None:
-        sources += [more_key, more_value]
-    elif more_key is not more_value:
-        raise ValueError("attention takes both more_key and more_value, or neither; got one")
-    bf16 = _checked("attention", query, *sources)
-    if query.dim() != 3 or num_heads < 1 or query.shape[-1] % num_heads:
-        raise ValueError(
-            f"attention takes query [N, S, C], C of {num_heads} heads; got {list(query.shape)}"
-        )
-    pairs = zip(sources[::2], sources[1::2], strict=True)
-    if any(
-        k.dim() != 3 or k.shape != v.shape or k.shape[::2] != query.shape[::2] for k, v in pairs
-    ):
-        got = ", ".join(str(list(x.shape)) for x in sources)
-        raise ValueError(
-            f"attention takes keys and values [{query.shape[0]}, L, {query.shape[2]}]; got {got}"
-        )
-    if sum(x.shape[1] for x in sources) == 0:
-        raise ValueError("attention takes at least one key; got none")
+    contracts.attention(query, key, value, num_heads, more_key, more_value)
+    bf16 = _is_bf16("attention", query)
+    sources = [x for x in (key, value, more_key, more_value) if x is not None]
     out = query.new_empty(query.shape)
     if out.numel():
         adjacent = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, *sources)]
@@ -154,16 +152,8 @@ def exchange(
     is copied. Statistics, scores and gates in fp32; operands of products, and residual + x, in the
     input's dtype. Raises ValueError on other shapes.
     """
-    weights = (gate_weight, gate_bias, value_weight, value_bias)
-    bf16 = _checked("exchange", input, *weights, residual)
-    channels = input.shape[-1]
-    square, line = (channels, channels), (channels,)
-    fits = input.dim() == 3 and input.shape[0] == 2 and residual.shape == input.shape
-    if not fits or [x.shape for x in weights] != [square, line, square, line]:
-        raise ValueError(
-            "exchange takes input and residual [2, M, C], weights [C, C] and biases [C]; "
-            f"got {[list(x.shape) for x in (input, *weights)]} and residual {list(residual.shape)}"
-        )
+    contracts.exchange(input, gate_weight, gate_bias, value_weight, value_bias, residual)
+    bf16, channels = _is_bf16("exchange", input), input.shape[-1]
     x, residual = input.contiguous(), residual.contiguous()
     gate_weight, value_weight = gate_weight.contiguous(), value_weight.contiguous()
     gate_bias = gate_bias.float().contiguous()
@@ -208,14 +198,8 @@ def group_norm_silu(
     input [N, C, h, w], weight and bias [C] -> the same, channels-last; another layout is copied to
     that first. Sums over 64 positions in fp32, of those in fp64. Raises ValueError on other shapes.
     """
-    bf16 = _checked("group_norm_silu", input, weight, bias)
-    channels = input.shape[1] if input.dim() == 4 else 0
-    fits = channels and num_groups > 0 and channels % num_groups == 0
-    if not fits or (weight.shape, bias.shape) != ((channels,), (channels,)):
-        raise ValueError(
-            f"group_norm_silu takes [N, C, h, w], C of {num_groups} groups, weight and bias [C]; "
-            f"got {list(input.shape)}, {list(weight.shape)}, {list(bias.shape)}"
-        )
+    contracts.group_norm_silu(input, num_groups, weight, bias)
+    bf16, channels = _is_bf16("group_norm_silu", input), input.shape[1]
     out = _empty_map(input)
     if out.numel():
         x = input.contiguous(memory_format=torch.channels_last)

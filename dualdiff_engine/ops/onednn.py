@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dualdiff_engine.ops import flops, reference
+from dualdiff_engine.ops import contracts, flops, reference
 
 OPS = ("linear", "branch_linear", "exchange", "geglu")
 
@@ -37,7 +37,8 @@ def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, 
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """As `reference.linear`; weight must be contiguous."""
+    """As `reference.linear`; weight must be contiguous. Raises ValueError on other shapes."""
+    contracts.linear(input, weight, bias, residual)
     product = torch.ops.mkldnn._linear_pointwise
     if residual is None:
         return product(input, weight, bias, "none", [], "")

@@ -24,7 +24,7 @@ from dualdiff_engine.ops import reference
 
 # Shapes of the arguments, in the order of `reference`; what is not a tensor as it is. Widths and
 # head widths of SD-1.5, of small models, and sizes that no vector or block divides; one row; the
-# background's share; a second source of keys; strided views (see `_views`).
+# background's keys and values; a second source of keys; strided views (see `_views`).
 PROBLEMS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "linear": (
         ((3, 63, 48), (40, 48), (40,), (3, 63, 40)),
@@ -55,6 +55,11 @@ PROBLEMS: dict[str, tuple[tuple[Any, ...], ...]] = {
         ((2, 64, 8, 8), 32, (64,), (64,), 1e-5),
         ((2, 320, 9, 8), 32, (320,), (320,), 1e-5),
         ((1, 48, 1, 1), 8, (48,), (48,), 1e-6),
+    ),
+    "convolution": (
+        ((2, 48, 5, 7), (24, 48, 3, 3), (24,), 1, 1),
+        ((1, 4, 9, 8), (16, 4, 3, 3), (16,), 2, 1),
+        ((2, 35, 4, 4), (33, 35, 1, 1), None, 1, 0),
     ),
     "geglu": (
         ((3, 63, 48), (96, 48), (96,)),
@@ -126,6 +131,8 @@ def terms(op: str, arguments: Sequence[Any]) -> int:
     """Of the longest sum in a matrix product of the op, 0 where there is none."""
     if op in ("group_norm_silu", "guided_step"):
         return 0
+    if op == "convolution":
+        return int(arguments[1][0].numel())
     keys = arguments[1].shape[1] if op == "attention" else 0
     return int(max(arguments[0].shape[-1], keys))
 
@@ -140,7 +147,8 @@ def draw(
     def values(shape: tuple[int, ...], name: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
         if "weight" in name:
-            drawn = 1 + 0.1 * drawn if len(shape) == 1 else drawn / math.sqrt(shape[-1])
+            terms = math.prod(shape[1:]) if len(shape) == 4 else shape[-1]
+            drawn = 1 + 0.1 * drawn if len(shape) == 1 else drawn / math.sqrt(terms)
         if name == "gate_weight":
             # a score is a product of two normalised rows through it
             drawn = drawn / math.sqrt(shape[-1])
@@ -157,7 +165,7 @@ def draw(
 
 def _views(op: str, arguments: list[Any]) -> list[Any]:
     """In the network's layout: maps channels-last, queries, keys and values of one projection."""
-    if op == "group_norm_silu":
+    if op in ("group_norm_silu", "convolution"):
         arguments[0] = arguments[0].contiguous(memory_format=torch.channels_last)
     elif op == "attention":
         query, key, value = arguments[:3]

@@ -37,27 +37,30 @@ def branch_linear(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    share: Tensor | None = None,
+    background_kv: Tensor | None = None,
     keep: Tensor | None = None,
     *,
-    linear: Linear = linear,
+    linear: Linear | None = None,
 ) -> Tensor:
     """y_f = x_f W_fᵀ + b: one weight per branch, one bias for all.
 
-    input [F, M, C], weight [F, D, C], bias [D] -> [F, M, D], in the input's dtype. With share
-    [R, S, E] and keep [1], the last E columns of branch 0, rows [R, B, S] of it, become
-    keep · y_0 + share: the background joins keys and values.
+    input [F, M, C], weight [F, D, C], bias [D] -> [F, M, D], in the input's dtype. background_kv
+    [R, S, E] and keep [1] join the background to keys and values: the last E columns of branch 0,
+    its rows seen as [R, B, S], become keep · y_0 + background_kv. linear: computes the products; by
+    default PyTorch does, each written where it belongs.
     """
-    if weight.shape[0] == 1:
-        out = linear(input[0], weight[0], bias)[None]
-    else:
-        out = input.new_empty(*input.shape[:-1], weight.shape[1])
-        for branch in range(weight.shape[0]):
-            out[branch] = linear(input[branch], weight[branch], bias)
-    if share is not None and keep is not None:
-        rows, positions, width = share.shape
+    out = input.new_empty(*input.shape[:-1], weight.shape[1])
+    for x, w, y in zip(input.flatten(1, -2), weight, out.flatten(1, -2), strict=True):
+        if linear is not None:
+            y.copy_(linear(x, w, bias))
+        elif bias is None:
+            torch.mm(x, w.t(), out=y)
+        else:
+            torch.addmm(bias, x, w.t(), out=y)
+    if background_kv is not None and keep is not None:
+        rows, positions, width = background_kv.shape
         own = out[0].view(rows, -1, positions, weight.shape[1])[..., -width:]
-        own.copy_(torch.addcmul(share.unsqueeze(1), own, keep))
+        own.copy_(torch.addcmul(background_kv.unsqueeze(1), own, keep))
     return out
 
 
@@ -116,6 +119,17 @@ def exchange(
     gate = torch.sigmoid(scores).unsqueeze(-1).to(input.dtype)
     mixed = torch.addcmul(normed[1], gate, difference)
     return linear(mixed, value_weight, value_bias, residual).add_(input)
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+) -> Tensor:
+    """Of maps [N, C, h, w] channels-last by weight [D, C, k, k], bias [D] -> [N, D, h', w']."""
+    return F.conv2d(input, weight, bias, stride, padding)
 
 
 def group_norm_silu(

@@ -15,6 +15,7 @@ from torch import Tensor
 from dualdiff_engine.ops import reference
 
 OPS = ("linear", "branch_linear", "exchange", "geglu")
+COST = "products and convolutions of bf16 computed in fp32: as slow as float32, in half its memory"
 
 
 def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -23,7 +24,7 @@ def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, 
         return False, f"has no {op}"
     if device.type != "cpu" or dtype != torch.bfloat16:
         return False, "serves bf16 on the CPU"
-    return True, "bf16 products computed in fp32: takes as long as float32, needs half its memory"
+    return True, COST
 
 
 def linear(
@@ -32,6 +33,18 @@ def linear(
     """As `reference.linear`, rounded once."""
     out = F.linear(input.float(), weight.float(), None if bias is None else bias.float())
     return (out if residual is None else out.add_(residual)).to(input.dtype)
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+) -> Tensor:
+    """As `torch.nn.functional.conv2d`, rounded once. input [N, C, h, w], weight [D, C, k, k]."""
+    bias = None if bias is None else bias.float()
+    return F.conv2d(input.float(), weight.float(), bias, stride, padding).to(input.dtype)
 
 
 branch_linear = partial(reference.branch_linear, linear=linear)

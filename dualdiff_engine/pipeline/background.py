@@ -7,7 +7,7 @@ and with fixed noise every later batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,6 +125,17 @@ class BackgroundBank:
         return self.noiser.add_noise(self.latents, draw.to(self.latents.device), index)
 
 
+def record_of(
+    background: Background, pixels: np.ndarray | None, noise: Tensor | None
+) -> dict[str, Any]:
+    """The background's part of a recipe; pixels and noise as for `BankStore.open`."""
+    return {
+        "noise": background.noise if noise is None else "given",
+        "noise_seed": background.noise_seed,
+        "picture_sha256": None if pixels is None else digest(pixels),
+    }
+
+
 class BankStore:
     """Keeps the last bank: with fixed noise, later runs reuse its keys and values."""
 
@@ -137,7 +148,7 @@ class BankStore:
 
     def open(
         self,
-        background: Background,
+        record: Mapping[str, Any],
         pixels: np.ndarray | None,
         latents: Tensor | None,
         noise: Tensor | None,
@@ -147,34 +158,28 @@ class BankStore:
         vae: Any,
         make_noiser: Callable[[], Any],
         device: torch.device,
-    ) -> tuple[BackgroundBank, dict[str, Any]]:
-        """A bank, the last one if nothing that it depends on changed, and its part of the recipe.
+    ) -> BackgroundBank:
+        """A bank, the last one if nothing that it depends on changed.
 
-        pixels: of the background, as from `cut_out`, or latents [2, 4, h, w] in their place. noise
-        [calls, 2, 4, h, w] replaces the draws. shape: of the bank's latents, [R, 4, h, w].
+        record: as from `record_of`. pixels: of the background, as from `cut_out`, or latents
+        [2, 4, h, w] in their place. noise [calls, 2, 4, h, w] replaces the draws. shape: of the
+        bank's latents, [R, 4, h, w].
         """
-        mode, seed, rows = background.noise, background.noise_seed, shape[0]
-        record: dict[str, Any] = {
-            "noise": mode if noise is None else "given",
-            "noise_seed": seed,
-            "picture_sha256": None,
-        }
-        key = None
+        # what a caller gave as a tensor has no name to be kept under
+        key = (*record.values(), shape, prompts) if latents is None and noise is None else None
+        if key is not None and self._last is not None and self._last[0] == key:
+            return self._last[1]
         if latents is None:
             assert pixels is not None, "a background has pixels or latents"
-            record["picture_sha256"] = digest(pixels)
-            if noise is None:
-                key = (record["picture_sha256"], shape, prompts, mode, seed)
-            if key is not None and self._last is not None and self._last[0] == key:
-                return self._last[1], record
             latents = encode(vae, pixels)
+        rows = shape[0]
         bank = BackgroundBank(
             latents[-rows:].to(device),
             make_noiser(),
-            mode if noise is None else noise[:, -rows:],
-            seed,
+            str(record["noise"]) if noise is None else noise[:, -rows:],
+            int(record["noise_seed"]),
             spare_bytes(device),
         )
         if key is not None:
             self._last = key, bank
-        return bank, record
+        return bank

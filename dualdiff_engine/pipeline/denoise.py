@@ -22,11 +22,12 @@ class Schedule:
     """The schedulers of one run: a fresh one per batch, all with the same timesteps.
 
     make: a new scheduler. calls: denoiser calls of a batch, which some schedulers have more of than
-    steps.
+    steps. Timesteps and tables stay on the CPU: a step that indexes by a timestep on a GPU waits
+    for all that the GPU has to do.
     """
 
-    def __init__(self, make: Callable[[], Any], steps: int, device: torch.device) -> None:
-        self._make, self._steps, self._device = make, steps, device
+    def __init__(self, make: Callable[[], Any], steps: int) -> None:
+        self._make, self._steps = make, steps
         self._unused: Any = self._made()
         self.calls = len(self._unused.timesteps)
 
@@ -37,7 +38,7 @@ class Schedule:
 
     def _made(self) -> Any:
         scheduler = self._make()
-        scheduler.set_timesteps(self._steps, device=self._device)
+        scheduler.set_timesteps(self._steps, device="cpu")
         return scheduler
 
 
@@ -59,11 +60,11 @@ def denoise(
 ) -> Tensor | None:
     """Clean latents [B, 2, 4, h, w] fp32 from standard normal ones, or None when stopped.
 
-    scheduler: fresh, steps already set. text: as from `Denoiser.text_inputs`, with as many
-    guidance rows as the sampling has. Latents and scheduler arithmetic stay in fp32.
+    scheduler: fresh, steps already set, on the CPU. text: as from `Denoiser.text_inputs`, with as
+    many guidance rows as the sampling has. Latents and scheduler arithmetic stay in fp32.
     """
     timesteps = scheduler.timesteps
-    time_inputs = denoiser.time_inputs(timesteps)
+    time_inputs = denoiser.time_inputs(timesteps.to(latents.device))
     extra: dict[str, Any] = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         # a list makes diffusers draw each pair's noise from its own generator

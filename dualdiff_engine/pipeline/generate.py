@@ -5,22 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualdiff_engine.device import is_out_of_memory
-from dualdiff_engine.errors import OutOfMemoryError, SettingsError
+from dualdiff_engine.device import is_out_of_memory, numerics
+from dualdiff_engine.errors import PairError, SettingsError
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import Ops
 from dualdiff_engine.pair import (
     Facts,
+    Fault,
     Pair,
     check_output_type,
     describe,
@@ -28,9 +30,12 @@ from dualdiff_engine.pair import (
     present_mask,
     to_uint8,
 )
-from dualdiff_engine.pipeline.background import BackgroundBank, BankStore, cut_out
+from dualdiff_engine.pipeline import faults
+from dualdiff_engine.pipeline.background import BackgroundBank, BankStore, cut_out, record_of
+from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock, Stderr
 from dualdiff_engine.pipeline.decode import decode
 from dualdiff_engine.pipeline.denoise import Schedule, denoise, draw_latents
+from dualdiff_engine.pipeline.faults import FiniteWatch
 from dualdiff_engine.pipeline.masks import MaskResult, Segmenter, extract_mask
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
@@ -41,6 +46,18 @@ from dualdiff_engine.settings import (
     batch_of,
     seeds_of,
 )
+
+
+class Resumed(Protocol):
+    """Where pairs go; knows which are there."""
+
+    def missing(self, recipe: Mapping[str, Any], seeds: Sequence[int], free: bool) -> list[int]:
+        """The seeds to draw; free: they were not asked for by number.
+
+        Raises OutputError when what is there was drawn by another recipe.
+        """
+        ...
+
 
 # diffusers' convention: (step, timestep, {"latents": [B, 2, 4, h, w]}) -> the same dict
 StepCallback = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -54,7 +71,8 @@ class Run:
     name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
     in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
     background. is_active: whether the adapter is still the one that the denoiser holds.
-    interrupted: whether to stop after this step.
+    interrupted: whether to stop after this step. busy: held while networks run. batches: which
+    batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -76,6 +94,8 @@ class Run:
     facts: Facts
     is_active: Callable[[], bool]
     interrupted: Callable[[], bool]
+    busy: BusyLock
+    batches: BatchMemory
 
 
 @dataclass(frozen=True)
@@ -94,21 +114,16 @@ class Request:
     latent_size: tuple[int, int]
     prompts: Prompts
     tokens: Tensor
-    background: Background | None
     surroundings: np.ndarray | None
     latents: Tensor | None
     background_latents: Tensor | None
     background_noise: Tensor | None
     segment: Callable[[Any], MaskResult]
-    segmenter: str | None
     output_type: str
     callback: StepCallback | None
+    on_fault: Callable[[Fault], None] | None
     progress: bool
-
-    @property
-    def given(self) -> list[str]:
-        """The tensors that replace a draw; given noise is told with the background."""
-        return [x for x in ("latents", "background_latents") if getattr(self, x) is not None]
+    recipe: dict[str, Any]
 
 
 def check(
@@ -126,6 +141,8 @@ def check(
     segmenter: str | Path | None,
     output_type: str,
     callback: StepCallback | None,
+    on_fault: Callable[[Fault], None] | None,
+    resume: Resumed | None,
     progress: bool,
 ) -> Request:
     """Check everything once, before anything is computed. Raises SettingsError, SegmenterError."""
@@ -133,37 +150,51 @@ def check(
     _check_background(run, with_background, background_noise)
     chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
     size = _latent_size(chosen, run.pixels_per_latent)
-    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps, run.device)
-    if latents is not None:
-        latents = tensor_of("latents", latents, ("n", 2, 4, *size))
-    if background_latents is not None:
-        background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
-    if background_noise is not None:
-        shape = (schedule.calls, 2, 4, *size)
-        background_noise = tensor_of("background_noise", background_noise, shape)
+    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps)
+    latents = tensor_of("latents", latents, ("n", 2, 4, *size))
+    background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
+    noise_shape = (schedule.calls, 2, 4, *size)
+    background_noise = tensor_of("background_noise", background_noise, noise_shape)
     pairs = seeds_of(n, seeds, None if latents is None else len(latents))
-    surroundings = None
-    if background is not None and background_latents is None:
-        surroundings = cut_out(background, chosen.height, chosen.width)
-    spoken = Prompts.of(prompts)
+    batch = batch_of(batch, run.max_batch, len(pairs))
+    surroundings, record = None, None
+    if with_background:
+        surroundings, record = _surroundings(
+            background, chosen, background_latents, background_noise
+        )
+    parsed = Prompts.of(prompts)
+    given = {"latents": latents, "background_latents": background_latents}
+    recipe = describe(
+        run.facts,
+        chosen,
+        parsed,
+        record,
+        [name for name, tensor in given.items() if tensor is not None],
+        str(segmenter) if segmenter else None,
+    )
+    if resume is not None:
+        if latents is not None:
+            raise SettingsError("given latents cannot be continued: leave out latents or resume")
+        free = seeds is None and not isinstance(n, Sequence)
+        pairs = tuple(resume.missing(recipe, pairs, free))
     return Request(
         seeds=pairs,
-        batch=batch_of(batch, run.max_batch, len(pairs)),
+        batch=batch,
         sampling=chosen,
         schedule=schedule,
         latent_size=size,
-        prompts=spoken,
-        tokens=run.text_encoder.tokenize_pair(spoken),
-        background=background,
+        prompts=parsed,
+        tokens=run.text_encoder.tokenize_pair(parsed),
         surroundings=surroundings,
         latents=latents,
         background_latents=background_latents,
         background_noise=background_noise,
         segment=Segmenter(segmenter) if segmenter else extract_mask,
-        segmenter=str(segmenter) if segmenter else None,
         output_type=check_output_type(output_type),
         callback=callback,
+        on_fault=on_fault,
         progress=progress,
+        recipe=recipe,
     )
 
 
@@ -171,28 +202,57 @@ def check(
 def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
     """Yield a pair per seed, in order, until done or interrupted.
 
+    A batch that does not fit into memory is halved and drawn again, to the same pairs. A pair that
+    came out unusable goes to `on_fault`; without one it is raised when its turn comes.
+
     Raises:
-        OutOfMemoryError: A batch does not fit; the message names one that does.
-        SettingsError: The adapter was switched between two batches.
+        PairError: A pair cannot be used.
+        OutOfMemoryError: Not even one pair fits.
+        SettingsError: The adapter was switched, or the engine is in use by another caller.
     """
-    text = _text(run, request)
-    bank, background = _background(run, request)
-    recipe = describe(
-        run.facts, request.sampling, request.prompts, background, request.given, request.segmenter
-    )
-    starts = range(0, len(request.seeds), request.batch)
-    calls = request.schedule.calls * len(starts)
-    with tqdm(total=calls, disable=not request.progress, unit="call") as bar:
-        for start in starts:
+    if not request.seeds or run.interrupted():
+        return
+    with _networks(run):
+        text = _text(run, request)
+        bank = _background(run, request)
+    start, total = 0, request.schedule.calls * len(request.seeds)
+    with tqdm(total=total, disable=not request.progress, unit="call", file=Stderr()) as bar:
+        while start < len(request.seeds):
             _check_active(run)
-            noise, generators = _noise(request, start)
-            clean = _denoise(run, request, text, bank, noise, generators, bar)
-            if clean is None:
+            with _networks(run):
+                batch = run.batches.next(min(request.batch, len(request.seeds) - start))
+                noise, generators = _noise(request, start, batch)
+                drawn = _denoise(run, request, text, bank, noise, generators, bar)
+            if drawn is None:
                 return
-            for seed, latents in zip(request.seeds[start:], clean, strict=False):
-                image, anomaly = decode(run.vae, latents)
-                mask = request.segment(to_uint8(anomaly))
-                yield _pair(request, recipe, seed, image, anomaly, mask)
+            for seed, latents, bad_step in zip(request.seeds[start:], *drawn, strict=False):
+                yield from _finished(run, request, seed, latents, bad_step)
+            start += len(drawn[0])
+
+
+def _finished(
+    run: Run, request: Request, seed: int, latents: Tensor, bad_step: int
+) -> Iterator[Pair]:
+    """The decoded pair with its mask; nothing, after `on_fault`, when it cannot be used."""
+    fault = faults.of_latents(bad_step, run.dtype)
+    if fault is None:
+        with _networks(run):
+            image, anomaly = decode(run.vae, latents)
+        fault = faults.of_pictures(image, anomaly)
+    if fault is None:
+        mask = request.segment(to_uint8(anomaly))
+        yield _pair(request, seed, image, anomaly, mask)
+    elif request.on_fault is None:
+        raise PairError(seed, fault)
+    else:
+        request.on_fault(Fault(seed, fault, {**request.recipe, "seed": seed}))
+
+
+@contextmanager
+def _networks(run: Run) -> Iterator[None]:
+    """Held while networks run, under the run's numerics."""
+    with run.busy.held(), numerics(run.device, run.facts.tf32):
+        yield
 
 
 def _text(run: Run, request: Request) -> list[Tensor]:
@@ -202,12 +262,26 @@ def _text(run: Run, request: Request) -> list[Tensor]:
     return run.denoiser.text_inputs(context.to(run.device, run.dtype))
 
 
-def _background(run: Run, request: Request) -> tuple[BackgroundBank | None, dict[str, Any] | None]:
-    """The background's bank and its part of the recipe."""
-    if request.surroundings is None and request.background_latents is None:
-        return None, None
+def _surroundings(
+    background: Background | None,
+    sampling: ChosenSampling,
+    latents: Tensor | None,
+    noise: Tensor | None,
+) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """Pixels of the background, if it is encoded, and its part of the recipe."""
+    pixels = None
+    if background is not None and latents is None:
+        pixels = cut_out(background, sampling.height, sampling.width)
+    return pixels, record_of(background or Background(None), pixels, noise)
+
+
+def _background(run: Run, request: Request) -> BackgroundBank | None:
+    """What the image branch reads of the background, call by call."""
+    record = request.recipe["background"]
+    if record is None:
+        return None
     return run.banks.open(
-        request.background or Background(None),
+        record,
         request.surroundings,
         request.background_latents,
         request.background_noise,
@@ -219,9 +293,9 @@ def _background(run: Run, request: Request) -> tuple[BackgroundBank | None, dict
     )
 
 
-def _noise(request: Request, start: int) -> tuple[Tensor, list[torch.Generator]]:
-    """Latents [B, 2, 4, h, w] of the batch that begins at a pair, and its pairs' generators."""
-    seeds = request.seeds[start : start + request.batch]
+def _noise(request: Request, start: int, batch: int) -> tuple[Tensor, list[torch.Generator]]:
+    """Latents [B, 2, 4, h, w] of a batch from a pair on, and its pairs' generators."""
+    seeds = request.seeds[start : start + batch]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # drawn in any case: the generators go on to the scheduler's own noise
     latents = draw_latents(generators, *request.latent_size)
@@ -238,18 +312,22 @@ def _denoise(
     noise: Tensor,
     generators: Sequence[torch.Generator],
     bar: tqdm[Any],
-) -> Tensor | None:
-    """Clean latents [B, 2, 4, h, w] of one batch, or None when interrupted."""
+) -> tuple[Tensor, list[int]] | None:
+    """Clean latents [B, 2, 4, h, w] and the first bad step of each pair; None when interrupted.
+
+    A batch that does not fit gives those of its first half.
+    """
+    watch, before = FiniteWatch(), bar.n
 
     def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-        bar.update()
+        bar.update(len(noise))
         if request.callback is not None:
-            changed = request.callback(step, timestep, {"latents": latents}) or {}
-            latents = changed.get("latents", latents)
+            latents = _changed(request.callback(step, timestep, {"latents": latents}), latents)
+        watch.look(step, latents)
         return None if run.interrupted() else latents
 
     try:
-        return denoise(
+        clean = denoise(
             run.denoiser,
             run.ops,
             request.schedule.fresh(),
@@ -260,36 +338,37 @@ def _denoise(
             bank,
             step_end,
         )
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError, ValueError) as error:
         if not is_out_of_memory(error):
             raise
+    else:
+        run.batches.fitted()
+        return None if clean is None else (clean, watch.first_bad())
     # outside the handler, so that the failed batch's tensors are gone
-    raise OutOfMemoryError(len(noise), _largest_that_fits(run, request, text, len(noise) // 2))
+    bar.update(before - bar.n)
+    half = run.batches.failed(len(noise))
+    # a pair's generators have drawn: its seed starts again
+    seeds = [generator.initial_seed() for generator in generators[:half]]
+    again = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draw_latents(again, *request.latent_size)
+    return _denoise(run, request, text, bank, noise[:half], again, bar)
 
 
-def _largest_that_fits(run: Run, request: Request, text: Sequence[Tensor], batch: int) -> int:
-    """Halve until one denoiser call goes through."""
-    time = run.denoiser.time_inputs(torch.zeros(1, device=run.device))[0]
-    while batch:
-        latents = torch.zeros(2, 1, batch, 4, *request.latent_size, device=run.device)
-        try:
-            run.denoiser(latents, time, text)
-            return batch
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        batch //= 2
-    return 0
+def _changed(returned: Any, latents: Tensor) -> Tensor:
+    """What a callback hands back in place of the latents. Raises SettingsError."""
+    if returned is None or "latents" not in returned:
+        return latents
+    changed = returned["latents"]
+    if not isinstance(changed, Tensor) or changed.shape != latents.shape:
+        got = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        raise SettingsError(
+            f"callback_on_step_end returned latents {got}: return a tensor {list(latents.shape)}, "
+            "or no latents to leave them as they are"
+        )
+    return changed.to(latents)
 
 
-def _pair(
-    request: Request,
-    recipe: Mapping[str, Any],
-    seed: int,
-    image: Tensor,
-    anomaly: Tensor,
-    result: MaskResult,
-) -> Pair:
+def _pair(request: Request, seed: int, image: Tensor, anomaly: Tensor, result: MaskResult) -> Pair:
     mask = {
         "threshold": float(result.threshold),
         "area": float(result.area),
@@ -301,7 +380,8 @@ def _pair(
         mask=present_mask(result.mask, request.output_type),
         seed=seed,
         empty_mask=bool(result.empty),
-        recipe={**recipe, "seed": seed, "mask": mask},
+        full_mask=bool(np.all(result.mask > 0)),
+        recipe={**request.recipe, "seed": seed, "mask": mask},
     )
 
 
@@ -320,8 +400,10 @@ def _latent_size(sampling: ChosenSampling, step: int) -> tuple[int, int]:
     return sampling.height // step, sampling.width // step
 
 
-def tensor_of(name: str, value: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    """An override as fp32 on the CPU; letters in `shape` stand for any size."""
+def tensor_of(name: str, value: Tensor | None, shape: tuple[int | str, ...]) -> Tensor | None:
+    """An override, if there is one, as fp32 on the CPU; letters in `shape` stand for any size."""
+    if value is None:
+        return None
     fits = (
         isinstance(value, Tensor)
         and value.is_floating_point()
@@ -334,7 +416,10 @@ def tensor_of(name: str, value: Tensor, shape: tuple[int | str, ...]) -> Tensor:
     if not fits:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise SettingsError(f"{name} must be a floating-point tensor {list(shape)}, got {got}")
-    return value.detach().float().cpu()
+    own = value.detach().float().cpu()
+    if not bool(torch.isfinite(own).all()):
+        raise SettingsError(f"{name} holds NaN or infinity: pass finite numbers")
+    return own
 
 
 def _check_background(run: Run, given: bool, noise: Tensor | None) -> None:

@@ -113,7 +113,7 @@ def extract_mask(anomaly: Bytes, *, min_area: float = DEFAULT_MIN_AREA) -> MaskR
 
 def _background(brightness: Floats) -> tuple[float, float]:
     """Level and deviation of the background, in grey levels."""
-    # neighbours of a blurred picture say the same, and a quarter of them is four times faster
+    # neighbouring pixels of a blurred picture are alike, and a quarter of them is four times faster
     sample = brightness[::2, ::2]
     level, noise = 0.0, SMALLEST_NOISE
     limit = min(float(np.percentile(sample, 25)), BRIGHTEST_BACKGROUND)
@@ -184,9 +184,11 @@ def _result(mask: Bytes, threshold: float) -> MaskResult:
 def _check_picture(anomaly: Bytes) -> None:
     if not isinstance(anomaly, np.ndarray) or anomaly.dtype != np.uint8:
         kind = getattr(anomaly, "dtype", type(anomaly).__name__)
-        raise SettingsError(f"the anomaly picture is {kind}; pass a uint8 array [H, W, 3]")
+        raise SettingsError(f"the anomaly picture has dtype {kind}; pass a uint8 array [H, W, 3]")
     if anomaly.ndim != 3 or anomaly.shape[2] != 3 or not anomaly.size:
-        raise SettingsError(f"the anomaly picture has shape {anomaly.shape}; pass [H, W, 3], RGB")
+        raise SettingsError(
+            f"the anomaly picture has shape {anomaly.shape}; pass an RGB array [H, W, 3]"
+        )
 
 
 class Segmenter:
@@ -262,7 +264,9 @@ class Segmenter:
             batch, channels = (size if isinstance(size, int) else None for size in shape[:2])
             if batch in (1, None) and channels in (3, None):
                 return
-        raise self._error(f"its inputs are {inputs}", "export it with one float32 [1, 3, h, w]")
+        raise self._error(
+            f"its inputs are {inputs}", "export it with one float32 input [1, 3, h, w]"
+        )
 
     def _probability(self, picture: Bytes) -> Floats:
         """Probability of the defect, float32 [h, w] at the model's own output size."""
@@ -278,7 +282,7 @@ class Segmenter:
         try:
             output = self._session.run(None, {entry.name: planes})[0]
         except Exception as error:
-            problem = f"fails on an input of {height} x {width} ({_first_line(error)})"
+            problem = f"the model fails on an input of {height} x {width} ({_first_line(error)})"
             raise self._error(problem, "export it with h and w fixed, or both dynamic") from error
         return self._as_probability(output)
 
@@ -286,7 +290,9 @@ class Segmenter:
         kind = (getattr(output, "dtype", type(output).__name__), getattr(output, "shape", ()))
         if kind[0] != np.float32 or kind[1][:-2] not in ((1,), (1, 1)) or not output.size:
             problem = f"its first output is {kind[0]} {list(kind[1])}"
-            raise self._error(problem, "export it with float32 [1, 1, h, w] or [1, h, w] first")
+            raise self._error(
+                problem, "export it with a first output of float32 [1, 1, h, w] or [1, h, w]"
+            )
         values: Floats = output.reshape(output.shape[-2:])
         if not np.isfinite(values).all():
             raise self._error("its output holds NaN or infinity", "export it in float32 again")

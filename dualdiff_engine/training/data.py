@@ -1,4 +1,4 @@
-"""A folder in MVTec layout -> checked training pictures. Every fault is told before any work.
+"""Find and check training pictures in a folder in MVTec layout. All faults are listed at once.
 
     DATA/test/DEFECT/NAME.png                   the picture
     DATA/ground_truth/DEFECT/NAME_mask.png      the defect in white (values above 127)
@@ -25,7 +25,7 @@ from dualdiff_engine.settings import Background
 from dualdiff_engine.training.options import TrainingOptions
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-# adapters tell a defect from its surroundings by several pictures
+# with one picture, an adapter cannot learn what is defect and what is surroundings
 FEWEST = 2
 _MOST_TOLD = 50
 
@@ -70,7 +70,7 @@ def find_examples(data: str | Path, options: TrainingOptions) -> list[Example]:
     faults = []
     if len(pictures) < FEWEST:
         faults.append(
-            f"{folder}: {len(pictures)} pictures, at least {FEWEST} are needed "
+            f"{folder}: {len(pictures)} pictures found, at least {FEWEST} are needed "
             "(8 are usual): add more"
         )
     examples = []
@@ -134,7 +134,7 @@ def listing(data: str | Path, examples: list[Example]) -> list[dict[str, str]]:
 def _no_defect(root: Path, defect: str) -> str:
     known = sorted(p.name for p in (root / "test").glob("*") if p.is_dir() and p.name != "good")
     if known:
-        return f"{root}/test has no folder {defect!r}: it holds {', '.join(known[:20])}"
+        return f"{root}/test has no folder {defect!r}: choose one of {', '.join(known[:20])}"
     return f"{root} is not in MVTec layout: expected {root}/test/{defect}/*.png"
 
 
@@ -157,7 +157,7 @@ def _faults(example: Example) -> list[str]:
         masks.append((example.object_mask, "object mask"))
     for path, kind in masks:
         if not path.is_file():
-            faults.append(f"{example.picture}: no {kind} {path}: add it or remove the picture")
+            faults.append(f"{example.picture} has no {kind}: add {path} or remove the picture")
             continue
         try:
             faults += _mask_faults(path, kind, picture.size)
@@ -169,13 +169,13 @@ def _faults(example: Example) -> list[str]:
 def _mask_faults(path: Path, kind: str, size: tuple[int, int]) -> list[str]:
     mask = _decoded(path, kind, "L")
     if mask.size != size:
-        return [f"{path}: {kind} of {mask.size}, its picture of {size}: make them match"]
+        return [f"{path}: the {kind} has size {mask.size}, its picture {size}: make them equal"]
     levels = np.array(mask)
     if not (levels > 127).any():
-        hint = f" (its brightest is {levels.max()}: save white as 255)" if levels.any() else ""
-        return [f"{path}: {kind} without white{hint}: draw it or remove the picture"]
+        hint = f" (brightest value {levels.max()}: save white as 255)" if levels.any() else ""
+        return [f"{path}: the {kind} has no white pixel{hint}: draw it or remove the picture"]
     if kind == "object mask" and (levels > 127).all():
-        return [f"{path}: {kind} is all white, so that no background is left: correct it"]
+        return [f"{path}: the {kind} is all white, so no background is left: correct it"]
     return []
 
 
@@ -184,6 +184,6 @@ def _decoded(path: Path, kind: str, mode: str) -> Image.Image:
         return open_picture(path, kind, mode)
     except SettingsError as error:
         raise DataError(f"{error}: save it again") from error
-    # Pillow tells damaged chunks of a PNG this way
+    # Pillow reports damaged chunks of a PNG this way
     except (SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: {kind} is damaged ({error}): save it again") from error
+        raise DataError(f"{path}: the {kind} is damaged ({error}): save it again") from error

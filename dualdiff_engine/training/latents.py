@@ -1,6 +1,6 @@
 """Training pictures as latents, encoded once, and what a step draws from them.
 
-A step is a function of the seed and its number: nothing has to be remembered to continue a run.
+A step depends only on the seed and its number, so a resumed run needs no random state.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LatentSet:
     grey: Tensor | None
 
     def draw(self, options: TrainingOptions, step: int, timesteps: int) -> Draw:
-        """The pictures, flips, noises and timesteps (of so many) of a step, counted from 0."""
+        """Pictures, flips, noises and timesteps (below `timesteps`) of a step, counted from 0."""
         generator = _generator(options.seed, f"step {step}")
         count = options.per_step
         chosen = torch.tensor(_order(len(self.mean), options.seed, step * count, count))

@@ -106,10 +106,12 @@ class TrainableNetwork:
         return {name: p.detach().to("cpu", dtype) for name, p in self.parameters.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the parameters of an adapter trained with the same options."""
+        """Load the parameters of an adapter trained with the same options. Raises AdapterError."""
         if set(tensors) != set(self.parameters):
             odd = sorted(set(tensors) ^ set(self.parameters))[0]
-            raise AdapterError(f"{odd}: the adapter was trained with other options; pass those")
+            raise AdapterError(
+                f"{odd}: the adapter was trained with other options; pass the same options"
+            )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])

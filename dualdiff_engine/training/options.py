@@ -1,4 +1,4 @@
-"""What a training run may choose: frozen, validated on construction, recorded with the adapter."""
+"""The options of a training run: frozen, validated on construction, saved with the adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import ANOMALY_PROMPT, IMAGE_PROMPT, require_seed
 
-# what may differ when a run is continued: none of it changes a finished step
+# what may differ when a run is resumed: none of it changes a finished step
 _FREE = ("steps", "checkpoint_every", "sample_every", "samples", "sample_steps", "save_dtype")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -36,29 +36,47 @@ _WHOLE = (
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Defaults are those of DualAnoDiff (https://arxiv.org/abs/2408.13509) where it states them.
+    """Options of `train_adapter`.
 
-    defect: folder under `test/` and `ground_truth/`. pictures: the first so many by name, None for
-    all. background: train the background blend, too; needs object masks. text_encoder: train LoRA
-    on the text encoder, too. rank: of all LoRA. blend_width: inner width of the background's
-    affine maps.
+    Defaults are those of DualAnoDiff (https://arxiv.org/abs/2408.13509) where the paper states
+    them.
 
-    size: pixels of a side, None for the base model's own. flips: which are drawn, one for the
-    image, its anomaly picture and its background alike. latents: `sample` the VAE's posterior anew
-    in every step, or take its `mean`; backgrounds are means, as the engine reads them.
+    Args:
+        defect: the defect's folder in `test/` and `ground_truth/`.
+        pictures: use only the first N pictures, sorted by name (at least 2); None uses all.
+        background: also train the background blend; needs object masks.
+        text_encoder: also train LoRA on the text encoder.
+        rank: of every LoRA, 1 to 1024.
+        blend_width: inner width of the background's two affine maps, 1 to 4096.
+        size: side of the square pictures in pixels, a multiple of 8; None takes the base's own.
+        flips: random flips, the same for a picture, its anomaly picture and its background.
+        latents: `sample` the VAE's posterior anew in every step, or take its `mean`. Backgrounds
+            are always means, as the engine reads them.
+        steps: optimizer steps.
+        batch: pictures per forward pass.
+        accumulate: forward passes per optimizer step. Their product is drawn at once, so 4 x 1 and
+            1 x 4 see the same pictures and noises.
+        learning_rate: of AdamW, in (0, 1].
+        lr_schedule: `constant`, or `cosine` to zero at the last step.
+        warmup: steps of linear rise of the learning rate.
+        weight_decay: of AdamW, in [0, 1].
+        max_grad_norm: largest gradient norm over all parameters; 0 turns clipping off.
+        prompt_dropout: probability, in [0, 1], that a picture is trained with empty prompts (and a
+            mid-grey background, as in the unconditional rows of sampling). The paper has none.
+        image_prompt: prompt of the image branch.
+        anomaly_prompt: prompt of the anomaly branch.
+        seed: decides initial weights, order, flips and noises, 0 to 2^63-1.
+        dtype: of the frozen networks and activations; adapter, optimizer and loss are float32.
+        device: cpu, cuda, cuda:1, … or auto.
+        gradient_checkpointing: recompute activations: a third more time for much less memory.
+        checkpoint_every: steps between saved states that an interrupted run resumes from.
+        sample_every: steps between adapters that are kept with a contact sheet; 0 turns this off.
+        samples: pairs on a contact sheet, 1 to 64.
+        sample_steps: scheduler steps of these pairs.
+        save_dtype: of the adapter file.
 
-    steps: optimizer steps. batch: pictures per forward pass; accumulate: passes per step; their
-    product is drawn at once, so 4 x 1 and 1 x 4 see the same pictures and noises. learning_rate,
-    weight_decay: AdamW's. lr_schedule: `constant`, or `cosine` to zero over `steps`; warmup: steps
-    of linear rise before. max_grad_norm: of all parameters together, 0 for no clipping.
-    prompt_dropout: share of pictures whose prompts are empty (and whose background is mid-grey, as
-    in the unconditional rows of sampling); the paper has none.
-
-    dtype: of the frozen networks and the activations; adapter, optimizer and loss are float32.
-    gradient_checkpointing: recompute activations, a third more time for a fraction of the memory.
-    checkpoint_every: steps between states that a killed run continues from. sample_every: steps
-    between adapters kept with a sheet of `samples` pairs drawn in `sample_steps`; 0 for none.
-    save_dtype: of the adapter file.
+    Raises:
+        SettingsError: a value is out of its range; the message names it.
     """
 
     defect: str
@@ -93,7 +111,9 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         if not self.defect or self.defect != self.defect.strip("./\\ ") or "/" in self.defect:
-            raise SettingsError(f"defect must name a folder under test/, got {self.defect!r}")
+            raise SettingsError(
+                f"defect must be the name of a folder in test/, got {self.defect!r}"
+            )
         for name, least, most in _WHOLE:
             _whole(name, getattr(self, name), least, most)
         if self.pictures is not None:
@@ -117,13 +137,13 @@ class TrainingOptions:
         return self.batch * self.accumulate
 
     def binding(self) -> dict[str, Any]:
-        """What a continued run must share with the run that it continues."""
+        """Options that must be equal to resume a run, JSON-ready."""
         bound = {name: value for name, value in asdict(self).items() if name not in _FREE}
         # a cosine ends where the run does
         return bound | ({"steps": self.steps} if self.lr_schedule == "cosine" else {})
 
     def rate(self, step: int) -> float:
-        """Learning rate of the step, counted from 0."""
+        """Learning rate of a step; steps are counted from 0."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / (self.warmup + 1)
         if self.lr_schedule == "constant":

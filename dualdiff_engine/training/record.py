@@ -1,4 +1,4 @@
-"""What is written beside the adapter: how it was made, its losses, and pairs drawn with it."""
+"""What is written next to the adapter: how it was trained, its losses, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POINTS = 100
 def write(
     output: Path, adapter: Path, base: BaseModel, made: dict[str, Any], losses: Tensor
 ) -> None:
-    """`training.json`: everything that makes the adapter again. Raises OutputError.
+    """Write `training.json`: everything needed to reproduce the adapter. Raises OutputError.
 
     made: options, data and where it ran, JSON-ready. losses [steps, 2 branches]: recorded as means
     of equal parts of the run.

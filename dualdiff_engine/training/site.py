@@ -1,8 +1,8 @@
 """One attention site in its trainable, unfolded form, as a processor of diffusers' attention.
 
-It computes the method (https://arxiv.org/abs/2408.13509) as it is written: low-rank changes beside
-the frozen weights, per branch, then the interaction of both branches. `adapters.fold`
-folds what is learnt here; the two agree to rounding.
+It computes the method (https://arxiv.org/abs/2408.13509) as it is written: low-rank changes next to
+the frozen weights, per branch, then the interaction of both branches. `adapters.fold` folds what is
+learnt here; the two agree up to rounding.
 
 Rows of the batch are stacked by strand: image, background if there is one, anomaly. The background
 runs along as a third strand with the image branch's weights and no interaction, so that the image
@@ -127,7 +127,7 @@ class TrainableSite(nn.Module):
         return self._adapted(attn.to_out[0], "out", attended)
 
     def _blended(self, hidden: Tensor) -> Tensor:
-        """What self-attention's keys and values read: the image branch's share the background."""
+        """Input of keys and values; the image branch's is blended with the background."""
         if self.temporal_condition_mlp is None or self.temporal_a is None:
             return hidden
         reduce, expand = self.temporal_condition_mlp

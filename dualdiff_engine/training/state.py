@@ -28,7 +28,7 @@ def save(
     losses: Tensor,
     run: Mapping[str, Any],
 ) -> None:
-    """losses [steps done, 2 branches]; run: what a continued run must share. Raises OutputError."""
+    """losses [steps done, 2 branches]; run: what must be equal to resume. Raises OutputError."""
     tensors = {"losses": losses.contiguous()}
     for name, parameter in parameters.items():
         tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
@@ -39,10 +39,10 @@ def save(
 
 
 def steps_done(path: Path, run: Mapping[str, Any]) -> int:
-    """Of the run that the state belongs to, 0 if there is none.
+    """The number of steps in a saved state, 0 if there is none.
 
-    Raises SettingsError when it is another run, naming what differs, and OutputError when the file
-    is damaged.
+    Raises SettingsError when the state belongs to another run, naming what differs, and OutputError
+    when the file is damaged.
     """
     if not path.exists():
         return 0
@@ -53,13 +53,13 @@ def steps_done(path: Path, run: Mapping[str, Any]) -> int:
     for name in sorted(set(theirs) | set(ours)):
         if theirs.get(name) != ours.get(name):
             raise SettingsError(
-                f"{path.parent} holds a run with another {name}{_told(theirs, ours, name)}: "
-                "choose another folder, or continue with the same"
+                f"{path.parent} holds a run with another {name}{_difference(theirs, ours, name)}: "
+                "choose another folder, or resume with the same options"
             )
     return done
 
 
-def _told(theirs: Mapping[str, Any], ours: Mapping[str, Any], name: str) -> str:
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], name: str) -> str:
     values = theirs.get(name), ours.get(name)
     if any(isinstance(value, list) or len(str(value)) > 40 for value in values):
         return ""

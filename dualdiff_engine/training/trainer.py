@@ -29,9 +29,11 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """adapter: the file, or None if the run was stopped before its last step.
+    """The result of `train_adapter`.
 
-    losses [steps done, 2 branches] fp32.
+    Attributes:
+        adapter: the adapter file; None if the run was stopped before its last step.
+        losses: float32 [steps done, 2 branches].
     """
 
     adapter: Path | None
@@ -47,25 +49,40 @@ def train_adapter(
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Train an adapter into a folder; a run that the folder holds is continued.
+    """Train an adapter into a folder; an existing run in it is resumed.
 
-    base: a diffusers Stable Diffusion folder or hub id. data: a folder in MVTec layout, see
-    `dualdiff_engine.training.data`. output receives `pytorch_lora_weights.safetensors`,
-    `training.json`, `loss.png` (where matplotlib is installed), `checkpoint-N/` as asked for, and
-    the state to continue from. should_stop: asked after every step; a stopped run is continued like
-    a killed one. A continued run gives the result of an undisturbed one, on a CPU bit for bit.
-    Everything is checked before anything is computed.
-    Raises DataError, SettingsError, BaseModelError, OutputError, TrainingError.
+    A resumed run gives the result of an uninterrupted one, on a CPU bit for bit. All inputs are
+    checked before anything is computed.
+
+    Args:
+        base: a diffusers Stable Diffusion folder or hub id.
+        data: a folder in MVTec layout, see `dualdiff_engine.training.data`.
+        output: the folder to write. It receives `pytorch_lora_weights.safetensors`,
+            `training.json`, `loss.png` (if matplotlib is installed), `checkpoint-N/` as asked for,
+            and the state to resume from.
+        options: see `TrainingOptions`.
+        progress: show a progress bar on stderr.
+        should_stop: called after every step; True ends the run, which can be resumed later.
+
+    Returns:
+        The adapter file and the losses.
+
+    Raises:
+        DataError: pictures or masks are unusable; one line per fault.
+        SettingsError: an option does not fit the base, or the folder holds another run.
+        BaseModelError: the base model is missing, incomplete or not supported.
+        OutputError: the folder cannot be written, or another run is writing to it.
+        TrainingError: out of memory, or the loss is not finite.
     """
     try:
-        # whatever mode the caller is in
+        # the caller may be in inference mode
         with torch.inference_mode(False), torch.enable_grad():
             return _Run(base, data, Path(output), options, progress).train(should_stop)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise TrainingError(
-            "out of memory: take a smaller batch (and accumulate more), gradient_checkpointing, "
+            "out of memory: use a smaller batch (and accumulate more), gradient_checkpointing, "
             "dtype bfloat16 or a smaller size"
         ) from error
 
@@ -93,7 +110,8 @@ class _Run:
         self.target = self.noiser.config.prediction_type
         if self.target not in ("epsilon", "v_prediction"):
             raise BaseModelError(
-                f"the base predicts {self.target!r}; trained are epsilon and v_prediction"
+                f"the base model predicts {self.target!r}; use one that predicts epsilon or "
+                "v_prediction"
             )
         self.size = self._size()
         self.files = folders.listing(data, self.examples)
@@ -113,8 +131,8 @@ class _Run:
         done = state.steps_done(self.state, self.bound)
         if done > options.steps:
             raise SettingsError(
-                f"{output} holds a run of {done} steps, more than the {options.steps} asked for: "
-                "choose another folder"
+                f"{output} holds a run of {done} steps, more than steps={options.steps}: choose "
+                "another folder or more steps"
             )
 
     def _size(self) -> int:
@@ -145,7 +163,7 @@ class _Run:
             return TrainingResult(self._finish(), self.losses)
 
     def _prepare(self) -> None:
-        """Networks, latents, and where the run had got to."""
+        """Load networks, encode the pictures, restore a saved state."""
         options = self.options
         if self.device.type == "cpu":
             keep_freed_blocks()
@@ -186,8 +204,8 @@ class _Run:
             total += losses.detach().cpu()
         if not total.isfinite().all():
             raise TrainingError(
-                f"the loss is not finite at step {step + 1}: lower learning_rate, or train in "
-                "float32; the last state is kept"
+                f"the loss is not finite at step {step + 1}: use a lower learning_rate or dtype "
+                "float32; the last saved state is kept"
             )
         if options.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.network.parameters.values(), options.max_grad_norm)
@@ -222,7 +240,7 @@ class _Run:
         return F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
 
     def _write(self, done: int, stopping: bool) -> None:
-        """Whatever is due after so many steps."""
+        """Save what is due after `done` steps."""
         options = self.options
         if stopping or done % options.checkpoint_every == 0 or done == options.steps:
             parameters = self.network.parameters
@@ -265,7 +283,7 @@ def _by_branch(
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """The output folder, made if need be and held against other runs. Raises OutputError."""
+    """The output folder, created if missing and locked. Raises OutputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = (path / LOCK).open("a+b", buffering=0)

@@ -2,8 +2,8 @@
 //
 //     step GRAPH INPUTS NOISE.npy
 //
-// GRAPH: a bundle, or a denoiser's .onnx file. INPUTS: a folder with NAME.npy for every input of the
-// graph. What the arrays hold: README.md beside this file.
+// GRAPH: a bundle, or a denoiser's .onnx file. INPUTS: a folder with NAME.npy for every input of
+// the graph. What the arrays hold: README.md beside this file.
 
 #include <onnxruntime_c_api.h>
 
@@ -75,7 +75,8 @@ std::string npy_header(std::ifstream& file, const fs::path& path) {
     char start[10] = {};
     file.read(start, sizeof start);
     if (!file || std::string(start, 6) != "\x93NUMPY" || start[6] != 1) {
-        throw Error(path.string() + " is not an .npy file of version 1.0: write it with numpy.save");
+        throw Error(path.string() +
+                    " is not an .npy file of version 1.0: write it with numpy.save");
     }
     const auto byte = [&](int i) { return static_cast<unsigned char>(start[i]); };
     std::string header(byte(8) + 256 * byte(9), ' ');
@@ -162,7 +163,7 @@ struct Input {
 };
 
 class Session {
-public:
+  public:
     explicit Session(const fs::path& graph)
         : env_(nullptr, api().ReleaseEnv), session_(nullptr, api().ReleaseSession) {
         OrtEnv* env = nullptr;
@@ -213,7 +214,7 @@ public:
         return keep(noise, to);
     }
 
-private:
+  private:
     Input input(size_t index) const {
         char* name = nullptr;
         check(api().SessionGetInputName(session_.get(), index, allocator_, &name));

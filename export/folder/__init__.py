@@ -1,1 +1,1 @@
-"""What an export is on disk: artefacts, weights, adapters, bundles, and how they are verified."""
+"""An export on disk: artefacts, weights, adapters, bundles, and their verification."""

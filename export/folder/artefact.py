@@ -1,4 +1,4 @@
-"""What an exported graph says about itself, and how that is checked."""
+"""The metadata of an exported graph, and the checks on it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 ARTEFACT_FORMAT = 1
 # attention is one operator since 23; 18 is the oldest that torch.onnx writes
 OPSETS = (18, 19, 20, 21, 22, 23)
-# where folded adapters lie beside the graphs
+# the folder of folded adapters, next to the graphs
 ADAPTERS = "adapters"
 # what makes a folder a bundle
-# what is in the batch, in words, for whoever reads the file without our code
+# the layout of inputs and outputs in words, for readers of the file without our code
 LAYOUTS = {
     "denoiser": "latents [branch, batch, 4, h, w]; context [branch, row, token, width]; noise "
     "[branch, row, batch, 4, h, w]; branches image, anomaly; rows uncond, cond",
@@ -42,7 +42,7 @@ class Artefact:
     height, width: latent size, an example where `dynamic_size`. transposed: weights stored with
     their last two axes exchanged. adapter_weights: those that another adapter replaces, under the
     same names. adapter: the one
-    whose tensors lie beside the graph. versions: of what wrote it.
+    whose tensors lie next to the graph. versions: of the packages that wrote it.
     """
 
     graph: str
@@ -68,21 +68,21 @@ class Artefact:
 
     @classmethod
     def read(cls, path: Path) -> tuple[Artefact, onnx.ModelProto]:
-        """A graph and what it says, checked. Raises BackendError."""
+        """Read a graph and its metadata, and check them. Raises BackendError."""
         model = weight_files.load_graph(path)
-        told = {
+        metadata = {
             entry.key.removeprefix("dualdiff."): entry.value
             for entry in model.metadata_props
             if entry.key.startswith("dualdiff.")
         }
         names = {f.name for f in fields(cls)}
         try:
-            values = {name: json.loads(value) for name, value in told.items() if name in names}
+            values = {name: json.loads(value) for name, value in metadata.items() if name in names}
             artefact = cls(**values)
         except (TypeError, ValueError) as error:
             raise BackendError(
-                f"{path} was not written by `dualdiff export onnx`: it lacks or garbles its "
-                f"metadata ({error}); export the adapter again"
+                f"{path} has no valid metadata of `dualdiff export onnx` ({error}): export the "
+                "adapter again"
             ) from error
         if artefact.format != ARTEFACT_FORMAT:
             raise BackendError(
@@ -96,23 +96,27 @@ class Artefact:
         found = {opset.domain: opset.version for opset in model.opset_import}.get("")
         if found != self.opset or found not in OPSETS:
             raise BackendError(
-                f"{path} is of opset {found}, its metadata says {self.opset} (readable: "
-                f"{OPSETS[0]} to {OPSETS[-1]}): somebody converted it; export again"
+                f"{path} has opset {found}, its metadata say {self.opset} (supported: "
+                f"{OPSETS[0]} to {OPSETS[-1]}): it was converted; export again"
             )
 
 
 def read_artefacts(folder: Path) -> dict[str, Artefact]:
     """Every graph of a folder, checked. Raises BackendError."""
     if not folder.is_dir():
-        raise BackendError(f"no folder {str(folder)!r}: make it with `dualdiff export onnx`")
+        raise BackendError(f"no folder {str(folder)!r}: create it with `dualdiff export onnx`")
     found = {}
     for path in sorted(folder.glob("*.onnx")):
         artefact, _ = Artefact.read(path)
         if artefact.graph != path.stem:
-            raise BackendError(f"{path} holds {artefact.graph}: it was renamed, name it so again")
+            raise BackendError(
+                f"{path} holds the graph {artefact.graph!r}: it was renamed, rename it back"
+            )
         found[artefact.graph] = artefact
     if not found.keys() & {"denoiser", "denoiser_background"}:
-        raise BackendError(f"{folder} holds no denoiser: make it with `dualdiff export onnx`")
+        raise BackendError(
+            f"{folder} holds no denoiser graph: create it with `dualdiff export onnx`"
+        )
     bases = {artefact.base["sha256"] for artefact in found.values()}
     if len(bases) > 1:
         raise BackendError(f"{folder} holds graphs of different base models: export again")

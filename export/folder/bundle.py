@@ -36,12 +36,27 @@ def write_bundle(
     allow_pickle: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Fold adapters into one base model's graphs and write it all; returns the manifest.
+    """Write one folder that `Engine.from_bundle` runs without the base model.
 
-    The first adapter is the one a bundle starts with. Raises what `export_onnx` raises.
+    Args:
+        base: a diffusers Stable Diffusion folder or hub id.
+        adapters: adapter files or folders; the bundle starts with the first.
+        out: the new folder, absent or empty; it gets its name when all went well.
+        options: see `graph.write.Options`; by default float32, opset 23.
+        allow_pickle: also open `.bin` adapters.
+        say: called with one line of progress per part.
+
+    Returns:
+        The manifest, as in `bundle.json`.
+
+    Raises:
+        SettingsError: no adapter, wrong options, or `out` is not empty.
+        BackendError: a graph differs from the engine's network by more than its tolerance.
+        AdapterError: an adapter is not valid or does not fit the base.
+        BaseModelError: the base model is missing, incomplete or not supported.
     """
     if not adapters:
-        raise SettingsError("a bundle needs at least one adapter")
+        raise SettingsError("a bundle needs at least one adapter: pass one")
     with write.new_folder(Path(out)) as folder:
         with Engine.from_pretrained(
             base, adapter=adapters[0], dtype="float32", device="cpu", allow_pickle=allow_pickle
@@ -122,26 +137,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise KeyError("first, adapters or base")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackendError(
-            f"{folder} is no sound bundle ({error!r}): write it with `dualdiff export bundle`"
+            f"Invalid bundle: {folder} ({error!r}); recreate it with `dualdiff export bundle`"
         ) from error
     return dict(manifest)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> int:
-    """That every file is there as written: by its size, or by its hash. Returns how many.
+    """Check that every file is there, by its size or by its hash. Returns their number.
 
     Raises BackendError naming the first that is not.
     """
     for name, about in manifest["files"].items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-            raise BackendError(f"{folder}/{BUNDLE} names {name!r}, outside it: distrust the bundle")
+            raise BackendError(
+                f"{folder}/{BUNDLE} lists {name!r} outside the bundle folder: do not use this "
+                "bundle"
+            )
         if not path.is_file():
-            raise BackendError(f"{folder} lacks {name}: copy the whole bundle again")
+            raise BackendError(f"{folder} has no {name}: copy the whole bundle again")
         changed = path.stat().st_size != about["bytes"]
         if changed or (hashes and sha256_of(path) != about["sha256"]):
             raise BackendError(
-                f"{path} is not what the bundle was written with: copy the bundle again"
+                f"{path} differs from the file that the bundle was written with: copy the bundle "
+                "again"
             )
     return len(manifest["files"])
 
@@ -155,10 +174,10 @@ def add_adapter(
     allow_pickle: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Fold an adapter for an export or bundle that is there, validate it, and let it join.
+    """Fold an adapter, validate it, and add it to an existing export or bundle.
 
-    Graphs that its kind needs and that are not there yet are traced. Returns its part of the
-    report. When it misses its tolerance, the folder is left as it was.
+    Graphs that it needs and that do not exist yet are traced. Returns its part of the report. If
+    a graph misses its tolerance, the folder is left as it was.
     Raises BackendError, AdapterError, SettingsError.
     """
     folder = Path(folder)
@@ -168,7 +187,7 @@ def add_adapter(
         if engine.base.sha256 != one.base["sha256"]:
             raise BackendError(
                 f"{folder} was exported from another base model ({one.base['source']}, sha256 "
-                f"{one.base['sha256'][:12]}…): pass that one"
+                f"{one.base['sha256'][:12]}…): pass that base model"
             )
         name = engine.load_adapter(adapter, name, allow_pickle=allow_pickle)
         scale = engine.base.pixels_per_latent
@@ -178,7 +197,9 @@ def add_adapter(
         )  # fmt: skip
         exporter = Exporter(engine, folder, options, say)
         if (folder / ADAPTERS / f"{exporter.name}.safetensors").exists():
-            raise SettingsError(f"{folder} holds an adapter {exporter.name!r}: pass another name")
+            raise SettingsError(
+                f"{folder} already holds an adapter {exporter.name!r}: pass another name"
+            )
         report = _or_nothing(folder, exporter)
     if (folder / BUNDLE).exists():
         write_manifest(folder)

@@ -23,9 +23,9 @@ from dualdiff_engine.pipeline.text import TextEncoder
 PROBE = ".probe.safetensors"
 
 
-def stored(tensor: Tensor, turned: bool) -> Tensor:
+def stored(tensor: Tensor, transposed: bool) -> Tensor:
     """A tensor in the layout of a graph's initializer, or back."""
-    return tensor.transpose(-1, -2) if turned else tensor
+    return tensor.transpose(-1, -2) if transposed else tensor
 
 
 def in_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,33 +51,33 @@ def base_record(base: BaseModel) -> dict[str, str]:
 def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) -> None:
     """Write the engine's active adapter as the initializers of `graphs`, all of its tensors."""
     adapter, encoder = engine.active, engine.text_encoder
-    turned = {name for artefact in graphs.values() for name in artefact.transposed}
+    transposed = {name for artefact in graphs.values() for name in artefact.transposed}
     precision = next(iter(graphs.values())).precision
     base = dict(encoder.encoder.named_parameters())
     text = sorted(text_names(encoder))
     tensors = {
-        name: stored(in_precision(name, tensor, getattr(torch, precision)), name in turned)
+        name: stored(in_precision(name, tensor, getattr(torch, precision)), name in transposed)
         for name, tensor in adapter.sites.items()
     }
     for name in text:
-        tensors[name] = stored(adapter.text.get(name, base[name]).float(), name in turned)
+        tensors[name] = stored(adapter.text.get(name, base[name]).float(), name in transposed)
     summary = {**asdict(adapter.summary), "file": Path(adapter.summary.file).name}
-    told = {
+    metadata = {
         "name": engine.active_adapter,
         "summary": summary,
         "base": base_record(engine.base),
         "precision": precision,
         "text": text,
-        "transposed": sorted(turned & tensors.keys()),
+        "transposed": sorted(transposed & tensors.keys()),
     }
-    weight_files.write(path, tensors, told)
+    weight_files.write(path, tensors, metadata)
 
 
 class FoldedTensors(Mapping[str, Tensor]):
     """Tensors of an adapter file as the engine folds them, each read when asked for."""
 
-    def __init__(self, path: Path, names: list[str], turned: set[str]) -> None:
-        self.path, self._names, self._turned = path, dict.fromkeys(names), turned
+    def __init__(self, path: Path, names: list[str], transposed: set[str]) -> None:
+        self.path, self._names, self._turned = path, dict.fromkeys(names), transposed
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -107,29 +107,30 @@ def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resid
 
     Raises BackendError when it was folded for another base model or precision, or lacks tensors.
     """
-    told, places = weight_files.read_metadata(path), weight_files.places(path)
+    metadata, places = weight_files.read_metadata(path), weight_files.places(path)
     one = next(iter(graphs.values()))
     try:
-        name, text = str(told["name"]), set(told["text"])
-        summary = AdapterSummary(**told["summary"])
-        turned = set(told["transposed"])
+        name, text = str(metadata["name"]), set(metadata["text"])
+        summary = AdapterSummary(**metadata["summary"])
+        transposed = set(metadata["transposed"])
         claims = {
-            "base model": (str(told["base"]["sha256"]), one.base["sha256"]),
-            "precision": (str(told["precision"]), one.precision),
+            "base model": (str(metadata["base"]["sha256"]), one.base["sha256"]),
+            "precision": (str(metadata["precision"]), one.precision),
         }
     except (KeyError, TypeError, ValueError) as error:
         raise BackendError(
-            f"{path} is no folded adapter ({error}): write it with `dualdiff export adapter`"
+            f"{path} is not a valid folded adapter ({error}): write it with `dualdiff export "
+            "adapter`"
         ) from error
     for what, (have, want) in claims.items():
         if have != want:
             raise BackendError(
-                f"{path} was folded for another {what} ({have[:12]}) than the graphs beside it "
-                f"({want[:12]}): fold the adapter for this one with `dualdiff export adapter`"
+                f"{path} was folded for another {what} ({have[:12]}) than the graphs next to it "
+                f"({want[:12]}): fold the adapter again with `dualdiff export adapter`"
             )
     _check_complete(path, summary.background, set(places), graphs)
-    sites = FoldedTensors(path, [n for n in places if n not in text], turned)
-    return name, Resident(summary, sites, FoldedTensors(path, sorted(text), turned))
+    sites = FoldedTensors(path, [n for n in places if n not in text], transposed)
+    return name, Resident(summary, sites, FoldedTensors(path, sorted(text), transposed))
 
 
 def _check_complete(
@@ -141,10 +142,10 @@ def _check_complete(
     for graph in needed:
         if graph not in graphs:
             raise BackendError(
-                f"{path.parent.parent} lacks {graph}.onnx, which the adapter {path.stem} needs: "
+                f"{path.parent.parent} has no {graph}.onnx, which the adapter {path.stem} needs: "
                 "export that adapter again"
             )
         if lacking := sorted(set(graphs[graph].adapter_weights) - names):
             raise BackendError(
-                f"{path} lacks {lacking[0]}: write it again with `dualdiff export adapter`"
+                f"{path} has no tensor {lacking[0]}: write it again with `dualdiff export adapter`"
             )

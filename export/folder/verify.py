@@ -1,4 +1,4 @@
-"""Whether a bundle is still what was written, and still computes what it did."""
+"""Check that a bundle is unchanged and still computes the same."""
 
 from __future__ import annotations
 
@@ -23,12 +23,21 @@ from dualdiff_engine.export.trt import engine_file
 
 @torch.inference_mode()
 def verify_bundle(folder: str | Path) -> dict[str, Any]:
-    """Check every file's hash, then run every adapter's probe by ONNX Runtime on the CPU.
+    """Check every file's hash, then run every adapter's probe with ONNX Runtime on the CPU.
 
-    Returns {files, engines, parity: {adapter/graph: {error, tolerance}}}; errors are relative L2
-    against what the engine's own network made of the probe when the bundle was written. Engines are
-    compared with their manifests, not run.
-    Raises BackendError naming what is not as it was.
+    TensorRT engines are compared with their manifests, not run.
+
+    Args:
+        folder: a bundle by `write_bundle`.
+
+    Returns:
+        `files` and `engines` (numbers checked) and `parity`: per "adapter/graph" its `error` and
+        `tolerance`. Errors are relative L2 against the outputs of the engine's own network when the
+        bundle was written.
+
+    Raises:
+        BackendError: a file is missing or changed, or an error is above its tolerance; the message
+            names it.
     """
     folder = Path(folder)
     checked = check_files(folder, read_manifest(folder), hashes=True)
@@ -44,9 +53,9 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
             parity[f"{stem}/{graph}"] = row
             if not row["error"] <= row["tolerance"]:
                 raise BackendError(
-                    f"{folder}: {graph} with adapter {stem} is {row['error']:.1e} off what it was "
-                    f"when written, more than {row['tolerance']:.1e}: this runtime computes "
-                    "something else; use the version in the report"
+                    f"{folder}: {graph} with adapter {stem} differs by {row['error']:.1e} from "
+                    f"when it was written, more than {row['tolerance']:.1e}: use the version of "
+                    "ONNX Runtime in the report"
                 )
     return {"files": checked, "engines": len(engines), "parity": parity}
 

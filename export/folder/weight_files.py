@@ -1,4 +1,4 @@
-"""Weights beside a graph: safetensors files that ONNX reads as its external data.
+"""Weights next to a graph: safetensors files that ONNX reads as its external data.
 
 An ONNX initializer may live at (file, offset, length), raw and little-endian; a safetensors file
 is that behind a header that names every tensor. So one file serves both: any ONNX runtime reads
@@ -40,7 +40,7 @@ _BYTES: dict[int, int] = {
     TensorProto.UINT8: 1,
     TensorProto.BOOL: 1,
 }
-_USE_INTACT = "use an intact copy, or export it again"
+_USE_INTACT = "use an intact copy or export it again"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write` was told about the file. Raises BackendError."""
+    """The metadata that `write` stored. Raises BackendError."""
     return _open(path)[0]
 
 
@@ -100,7 +100,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
             (length,) = struct.unpack("<Q", raw.read(8))
             header = json.loads(raw.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise BackendError(f"{path} is damaged or cut short ({error}): {_USE_INTACT}") from error
+        raise BackendError(f"{path} is damaged or cut off ({error}): {_USE_INTACT}") from error
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
@@ -111,18 +111,20 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Read a graph without its weights, having checked where it says they are.
+    """Read a graph without its weights, and check where its weights are stored.
 
-    Raises BackendError when it is no ONNX file, or refers outside its folder, to a file that is not
-    there, or beyond a file's end.
+    Raises BackendError when it is not a valid ONNX file, or when it refers to a path outside its
+    folder, to a missing file, or beyond a file's end.
     """
     try:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
-        raise BackendError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise BackendError(
+            f"{path} cannot be read ({error.strerror or error}): check the path"
+        ) from error
     except Exception as error:
-        # protobuf's DecodeError derives from nothing more telling
-        raise BackendError(f"{path} is not an ONNX file ({error}): {_USE_INTACT}") from error
+        # protobuf's DecodeError has no more specific base class
+        raise BackendError(f"{path} is not a valid ONNX file ({error}): {_USE_INTACT}") from error
     if not model.graph.node:
         raise BackendError(f"{path} holds no ONNX graph: {_USE_INTACT}")
     for tensor in _tensors(model):
@@ -149,26 +151,28 @@ def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
 
 
 def _check_place(graph: Path, tensor: TensorProto) -> None:
-    told = {entry.key: entry.value for entry in tensor.external_data}
-    location = told.get("location", "")
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
     name = Path(location)
     folder = graph.parent.resolve()
     target = (folder / name).resolve()
     plain = location and not name.is_absolute() and ".." not in name.parts and "\\" not in location
     if not plain or not target.is_relative_to(folder):
         raise BackendError(
-            f"{graph}: the weights of {tensor.name} are said to be at {location!r}, outside its "
-            "folder: do not use this file"
+            f"{graph} refers to {location!r} outside its folder for the weights of {tensor.name}: "
+            "do not use this file"
         )
     if not target.is_file():
-        raise BackendError(f"{graph} needs {location}, which is not beside it: copy both")
+        raise BackendError(f"{graph} needs {location} next to it: copy both files")
     size = math.prod(tensor.dims) * _BYTES.get(tensor.data_type, 0)
     try:
-        offset, length = int(told.get("offset", 0)), int(told.get("length", size))
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
     except ValueError as error:
-        raise BackendError(f"{graph}: {tensor.name} has no sound place: {_USE_INTACT}") from error
+        raise BackendError(
+            f"{graph}: invalid external-data offset for {tensor.name}: {_USE_INTACT}"
+        ) from error
     if offset < 0 or length != size or offset + length > target.stat().st_size:
         raise BackendError(
-            f"{graph}: {location} ends before the weights of {tensor.name}, or they are of another "
-            f"size: {_USE_INTACT}"
+            f"{graph}: {location} is too short for the weights of {tensor.name}, or their size "
+            f"differs: {_USE_INTACT}"
         )

@@ -41,7 +41,7 @@ def branch_linear(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    share: Tensor | None = None,
+    background_kv: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
     """`reference.branch_linear` as one batched product, and without writing in place.
@@ -55,12 +55,12 @@ def branch_linear(
         out = torch.matmul(input.flatten(1, -2), weight).unflatten(1, input.shape[1:-1])
     if bias is not None:
         out = out + bias
-    if share is None or keep is None:
+    if background_kv is None or keep is None:
         return out
-    rows, positions, width = share.shape
+    rows, positions, width = background_kv.shape
     first = out[0].unflatten(0, (rows, -1, positions))
     own, joined = first.split([out.shape[-1] - width, width], dim=-1)
-    joined = torch.addcmul(share.unsqueeze(1), joined, keep)
+    joined = torch.addcmul(background_kv.unsqueeze(1), joined, keep)
     return torch.stack([torch.cat([own, joined], dim=-1).flatten(0, 2), out[1]])
 
 

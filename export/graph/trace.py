@@ -52,8 +52,8 @@ def check_opset(opset: int) -> int:
     """Raises SettingsError."""
     if opset not in OPSETS:
         raise SettingsError(
-            f"opset {opset!r} cannot be exported: use one of {', '.join(map(str, OPSETS))} "
-            "(23 keeps attention one operator)"
+            f"opset {opset!r} is not supported: use one of {', '.join(map(str, OPSETS))} "
+            "(23 keeps attention as one operator)"
         )
     return opset
 
@@ -150,22 +150,22 @@ def _absorb_transpose(value: ir.Value) -> bool:
 
 def _name_axes(model: ir.Model, graph: Graph) -> None:
     """torch's symbols (s7) -> what varies (rows), in every shape they appear in."""
-    said: dict[str, str] = {}
+    names: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, name in graph.axes.get(value.name or "", {}).items():
             symbol = str((value.shape or ())[axis])
             if re.fullmatch(r"[su]\d+", symbol):
-                said[symbol] = name
-    if not said:
+                names[symbol] = name
+    if not names:
         return
-    pattern = re.compile(rf"\b({'|'.join(said)})\b")
+    pattern = re.compile(rf"\b({'|'.join(names)})\b")
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
         if value.shape is None:
             continue
         value.shape = ir.Shape(
             [
-                d if isinstance(d, int) else pattern.sub(lambda m: said[m[1]], str(d))
+                d if isinstance(d, int) else pattern.sub(lambda m: names[m[1]], str(d))
                 for d in value.shape
             ]
         )
@@ -173,7 +173,7 @@ def _name_axes(model: ir.Model, graph: Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter reports to whoever debugs it."""
+    """Silence torch's exporter, whose messages are for its developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -62,7 +62,7 @@ def validate(
     """Run the graphs that the engine's active adapter uses against the engine; returns the report.
 
     file: the adapter's stem in the folder. fresh: graphs that were traced with this adapter; others
-    get its tensors in place of their own. Report and probe are written beside the graphs.
+    get its tensors in place of their own. Report and probe are written next to the graphs.
     Raises BackendError when a graph misses its tolerance.
     """
     report = read_report(folder)
@@ -94,7 +94,8 @@ def validate(
         if not worst <= row["tolerance"]:
             raise BackendError(
                 f"{artefact.graph}: relative error {worst:.1e} against the engine's own network, "
-                f"more than {row['tolerance']:.1e}: the export is not kept; please report this"
+                f"above the tolerance {row['tolerance']:.1e}: the export was not kept; please "
+                "report this"
             )
     say("writing the probe")
     probe.write(engine, adapter.with_name(file + PROBE), graphs)
@@ -108,10 +109,10 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def _shared(artefact: Artefact) -> dict[str, Any]:
-    """What all graphs of an export say alike."""
-    told = asdict(artefact)
+    """The metadata that all graphs of an export share."""
+    metadata = asdict(artefact)
     own = ("graph", "layout", "transposed", "adapter_weights", "adapter")
-    return {name: told[name] for name in told if name not in own}
+    return {name: metadata[name] for name in metadata if name not in own}
 
 
 def _validate_graph(

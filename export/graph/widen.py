@@ -59,7 +59,7 @@ def _widen_initializers(model: onnx.ModelProto, graph: Path, folder: Path) -> No
     for name, place in weight_files.places(weights).items():
         tensor = external[name]
         tensor.data_type = _WIDE
-        told = {"location": place.file, "offset": place.offset, "length": place.length}
+        metadata = {"location": place.file, "offset": place.offset, "length": place.length}
         del tensor.external_data[:]
-        for key, said in told.items():
-            tensor.external_data.add(key=key, value=str(said))
+        for key, value in metadata.items():
+            tensor.external_data.add(key=key, value=str(value))

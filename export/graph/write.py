@@ -55,10 +55,19 @@ Tensors = Mapping[str, Tensor]
 class ExportOptions:
     """How to export.
 
-    precision: of the denoiser and the background encoder; text encoder and VAE stay in float32,
-    where half precision overflows. opset: 23 keeps attention one operator. height, width: pixels,
-    by default the base's; dynamic_size: these are an example. max_batch: most pairs a runner may
-    pass. batches: what the validation runs. exchange_operator: see `export.exchange`.
+    Args:
+        precision: float32, float16 or bfloat16, of denoiser and background encoder. Text encoder
+            and VAE stay in float32, because half precision overflows there.
+        opset: of ONNX, 18 to 23; 23 keeps attention as one operator.
+        height: in pixels; None takes the base's own size.
+        width: in pixels; None takes the base's own size.
+        dynamic_size: height and width are examples, other sizes fit too.
+        max_batch: largest batch of pairs at run time, 1 to 4096.
+        batches: batch sizes used for validation.
+        exchange_operator: keep the exchange as one operator, see `graph.exchange_operator`.
+
+    Raises:
+        SettingsError: a value is out of its range.
     """
 
     precision: str = "float32"
@@ -80,7 +89,7 @@ class ExportOptions:
             raise SettingsError(f"max_batch must be from 1 to 4096, got {self.max_batch!r}")
         if not self.batches or not all(1 <= b <= self.max_batch for b in self.batches):
             raise SettingsError(
-                f"batches to validate must be from 1 to {self.max_batch}, got {self.batches!r}"
+                f"batches for validation must be from 1 to {self.max_batch}, got {self.batches!r}"
             )
 
 
@@ -90,11 +99,24 @@ def export_onnx(
     options: ExportOptions | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Export an engine's networks with every resident adapter; returns the report.
+    """Export an engine's networks as ONNX, with every resident adapter.
 
-    engine: in float32 on the CPU. out: a folder to make. Every graph is run by ONNX Runtime against
-    the engine's own network; if one misses its tolerance, nothing is kept.
-    Raises SettingsError, BackendError.
+    Every graph is run by ONNX Runtime and compared with the engine's own network. If one misses its
+    tolerance, nothing is kept.
+
+    Args:
+        engine: in float32 on the CPU, with an active adapter.
+        out: the new folder, absent or empty; it gets its name when all went well.
+        options: see `Options`; by default float32, opset 23.
+        say: called with one line of progress per part.
+
+    Returns:
+        The report, as in `report.json`: per graph its nodes, and per adapter its errors (relative
+        L2) and tolerance.
+
+    Raises:
+        SettingsError: wrong options, another dtype or device, or `out` is not empty.
+        BackendError: a graph differs from the engine's network by more than its tolerance.
     """
     with new_folder(Path(out)) as folder:
         return write_folder(engine, folder, options or ExportOptions(), say)
@@ -103,7 +125,9 @@ def export_onnx(
 def write_folder(engine: Engine, folder: Path, options: ExportOptions, say: Say) -> dict[str, Any]:
     """`export_onnx` into a folder that is there. The engine's active adapter comes first."""
     if engine.dtype != torch.float32 or engine.device.type != "cpu":
-        raise SettingsError("export needs an engine in float32 on the CPU: what it validates by")
+        raise SettingsError(
+            "export needs an engine in float32 on the CPU, because it validates against it"
+        )
     active = engine.active_adapter
     names = sorted(engine.adapters, key=lambda name: name != active)
     report: dict[str, Any] = {}
@@ -123,7 +147,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} exists and is not empty: choose a new folder")
     if not out.parent.is_dir():
-        raise SettingsError(f"no folder {str(out.parent)!r} to write {out.name} to: make it")
+        raise SettingsError(f"no folder {str(out.parent)!r} for {out.name}: create it first")
     working = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield working
@@ -226,10 +250,10 @@ class Exporter:
         self.say("writing weights")
         files: dict[str, dict[str, Tensor]] = {}
         for graph, translated in traced.values():
-            for name, turned in translated.weights.items():
+            for name, transposed in translated.weights.items():
                 file = self._base_file(graph.name, name)
                 if file is not None and not (self.folder / file).exists():
-                    tensor = stored(self._base_tensor(graph.name, name), turned)
+                    tensor = stored(self._base_tensor(graph.name, name), transposed)
                     # what two graphs read is stored as the first reads it
                     files.setdefault(file, {}).setdefault(name, tensor)
         for file, tensors in files.items():
@@ -272,7 +296,7 @@ class Exporter:
                 shape=shape, name=name, base_dir=self.folder,
             )  # fmt: skip
             model.graph.register_initializer(value)
-        # torch leaves the call stack of the exporting machine on every node
+        # torch stores the call stack of the exporting machine in every node
         common.ClearMetadataAndDocStringPass()(model)
         about.write_into(model)
         proto = exchange.with_body(ir.to_proto(model))
@@ -304,6 +328,6 @@ class Exporter:
             scheduler=dict(base.scheduler.config),
             scaling_factor=float(engine.vae.config.scaling_factor),
             versions={**versions(), "onnx": onnx.__version__},
-            transposed=[name for name, turned in traced.weights.items() if turned],
+            transposed=[name for name, transposed in traced.weights.items() if transposed],
             adapter_weights=[n for n in traced.weights if self._base_file(graph.name, n) is None],
         )

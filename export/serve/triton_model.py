@@ -1,4 +1,4 @@
-"""Triton Inference Server's Python backend around a bundle; copied beside it as `model.py`."""
+"""Triton Inference Server's Python backend for a bundle; copied next to it as `model.py`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _same(request: Any, name: str) -> Any:
         return None
     rows = [row.tobytes() if row.dtype != object else str(row.tolist()) for row in array]
     if len(set(rows)) != 1:
-        raise ValueError(f"{name} differs within one request: send a request for each value")
+        raise ValueError(f"{name} differs within one request: send one request per value")
     return array[0]
 
 

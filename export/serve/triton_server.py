@@ -23,8 +23,16 @@ TRUST = 'parameters [ { key: "trust" value: { string_value: "true" } } ]'
 class Serving:
     """How to serve.
 
-    max_batch: pairs that requests are joined to. delay_us: how long they may wait for one another.
-    instances: per device. trust: run the bundle's TensorRT engines though another user built them.
+    Args:
+        name: of the model: letters, digits, and ._- (not first).
+        device: `cpu` or `gpu`.
+        instances: model instances per device.
+        max_batch: largest number of pairs that requests are joined to.
+        delay_us: microseconds that requests may wait for one another.
+        trust: run the bundle's TensorRT engines even if another user built them.
+
+    Raises:
+        SettingsError: a value is out of its range.
     """
 
     name: str = "dualdiff"
@@ -37,26 +45,34 @@ class Serving:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", self.name):
             raise SettingsError(
-                f"a model's name is letters, digits, and ._- within; got {self.name!r}"
+                f"the model name may hold letters, digits and ._- (not first), got {self.name!r}"
             )
         if self.device not in ("cpu", "gpu"):
             raise SettingsError(f"device must be cpu or gpu, got {self.device!r}")
         if min(self.instances, self.max_batch) < 1 or self.delay_us < 0:
-            raise SettingsError("instances and max_batch must be at least 1, delay_us 0")
+            raise SettingsError("instances and max_batch must be at least 1, delay_us at least 0")
 
 
 def write_repository(bundle: str | Path, out: str | Path, serving: Serving | None = None) -> None:
-    """Write OUT/NAME/config.pbtxt, OUT/NAME/1/model.py and the bundle beside it.
+    """Write a model repository for NVIDIA's Triton Inference Server that serves a bundle.
 
-    Raises BackendError when the bundle is damaged or was exported for smaller batches.
+    Args:
+        bundle: a folder by `write_bundle`.
+        out: the new repository, absent or empty. It receives NAME/config.pbtxt, NAME/1/model.py and
+            NAME/1/bundle.
+        serving: see `Serving`.
+
+    Raises:
+        SettingsError: `out` is not empty.
+        BackendError: the bundle is damaged or was exported for smaller batches.
     """
     bundle, serving = Path(bundle), serving or Serving()
     manifest = read_manifest(bundle)
     check_files(bundle, manifest, hashes=True)
     if serving.max_batch > manifest["max_batch"]:
         raise BackendError(
-            f"max_batch {serving.max_batch} is above the {manifest['max_batch']} of {bundle}: pass "
-            "less, or write the bundle with a larger --max-batch"
+            f"max_batch {serving.max_batch} is above {manifest['max_batch']}, the most that "
+            f"{bundle} was exported for: pass less or write the bundle with a larger --max-batch"
         )
     with new_folder(Path(out)) as folder:
         version = folder / serving.name / "1"

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX behind one door: what both share since 10.13."""
+"""TensorRT and TensorRT-RTX behind one interface: what both share since 10.13."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FLAVOURS = {
     "tensorrt-rtx": ("tensorrt_rtx", "pip install 'dualdiff-engine[tensorrt-rtx]'"),
 }
 OLDEST = (10, 13)
-# levels of phases whose beginning is told, and how often it is told how far a long one is
-TOLD_LEVELS, TOLD_SECONDS = 2, 10.0
+# levels of phases whose beginning is reported, and seconds between reports within a phase
+REPORTED_LEVELS, REPORT_SECONDS = 2, 10.0
 
 
 def package(flavour: str) -> Any:
     """The module. Raises BackendError that names what to install."""
     if flavour not in FLAVOURS:
-        raise BackendError(f"no TensorRT called {flavour!r}: choose from {', '.join(FLAVOURS)}")
+        raise BackendError(f"no TensorRT flavour {flavour!r}: choose one of {', '.join(FLAVOURS)}")
     module, remedy = FLAVOURS[flavour]
     try:
         trt = importlib.import_module(module)
@@ -38,7 +38,7 @@ def package(flavour: str) -> Any:
 
 
 def installed() -> str:
-    """The flavour at hand, TensorRT before RTX. Raises BackendError when there is none."""
+    """The installed flavour, TensorRT before RTX. Raises BackendError when there is none."""
     for flavour in FLAVOURS:
         try:
             package(flavour)
@@ -50,7 +50,7 @@ def installed() -> str:
 
 
 def logger(trt: Any) -> Any:
-    """Collects what TensorRT says, for the errors made of it."""
+    """Collects TensorRT's error messages for our own errors."""
 
     class Collector(trt.ILogger):
         def __init__(self) -> None:
@@ -65,36 +65,36 @@ def logger(trt: Any) -> Any:
 
 
 def progress(trt: Any, say: Callable[[str], None]) -> Any:
-    """Tells what the builder is at; to be kept for as long as it builds.
+    """Reports the builder's progress; keep it for as long as it builds.
 
-    Each of the outer phases as it begins, and in long ones from time to time which step of how
-    many. TensorRT calls it from several threads.
+    Each outer phase is reported when it begins, and in long phases the step number from time to
+    time. TensorRT calls it from several threads.
     """
 
-    class Teller(trt.IProgressMonitor):
+    class Reporter(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             # (level, steps) of the phases that are running
             self._phases: dict[str | None, tuple[int, int]] = {None: (0, 0)}
-            self._told = time.monotonic()
+            self._reported = time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            level = self._phases.get(parent_phase, (TOLD_LEVELS, 0))[0] + 1
+            level = self._phases.get(parent_phase, (REPORTED_LEVELS, 0))[0] + 1
             self._phases[phase_name] = level, num_steps
-            if level <= TOLD_LEVELS:
-                self._tell(phase_name)
+            if level <= REPORTED_LEVELS:
+                self._report(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if time.monotonic() - self._told >= TOLD_SECONDS:
+            if time.monotonic() - self._reported >= REPORT_SECONDS:
                 steps = self._phases.get(phase_name, (0, 0))[1]
-                self._tell(f"{phase_name}: {step + 1} of {steps}")
+                self._report(f"{phase_name}: {step + 1} of {steps}")
             return True
 
         def phase_finish(self, phase_name: str) -> None:
             self._phases.pop(phase_name, None)
 
-        def _tell(self, line: str) -> None:
-            self._told = time.monotonic()
+        def _report(self, line: str) -> None:
+            self._reported = time.monotonic()
             say(line)
 
-    return Teller()
+    return Reporter()

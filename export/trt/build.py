@@ -31,11 +31,18 @@ Say = Callable[[str], None]
 class BuildOptions:
     """How to build.
 
-    flavour: tensorrt or tensorrt-rtx; empty: the one installed. targets: compute capabilities such
-    as "8.9" that RTX compiles for ahead of time; empty: this machine's GPU. batches: where ranges
-    of pairs end, each a profile tuned at its end. refittable: keep the adapter's weights
-    replaceable; by default where there is a GPU, without which RTX cannot build such engines.
-    exchange_plugin: the exchange by our Triton kernel, see `export.exchange_plugin`.
+    Args:
+        flavour: `tensorrt` or `tensorrt-rtx`; empty takes the one that is installed.
+        targets: compute capabilities such as "8.9" that RTX compiles for ahead of time; empty takes
+            this machine's GPU.
+        batches: ascending upper ends of the ranges of batch sizes; each range is a profile, tuned
+            at its end.
+        refittable: keep the adapter's weights replaceable. By default True if there is a GPU;
+            without one RTX cannot build such engines.
+        exchange_plugin: run the exchange with our Triton kernel, see `trt.exchange_plugin`.
+
+    Raises:
+        SettingsError: a value is out of its range, or does not fit the flavour.
     """
 
     flavour: str = ""
@@ -46,12 +53,12 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if not self.batches or list(self.batches) != sorted(set(self.batches)):
-            raise SettingsError(f"batches must ascend, as in 1,8,32,64; got {self.batches}")
+            raise SettingsError(f"batches must be ascending, such as 1,8,32,64; got {self.batches}")
         if self.batches[0] < 1:
             raise SettingsError(f"batches must be at least 1; got {self.batches[0]}")
         if self.targets and self.flavour == "tensorrt":
             raise SettingsError(
-                "targets are for tensorrt-rtx: TensorRT builds for the GPU it runs on"
+                "targets need tensorrt-rtx; TensorRT builds only for this machine's GPU"
             )
 
     @property
@@ -68,7 +75,7 @@ class BuildOptions:
 
 @dataclass
 class Built:
-    """What building a graph gave. attentions: all of them by a dedicated kernel."""
+    """The result of building a graph; attentions: how many run as one fused kernel."""
 
     graph: str
     seconds: float
@@ -82,10 +89,20 @@ class Built:
 def build(
     exported: str | Path, options: BuildOptions | None = None, say: Say = lambda line: None
 ) -> list[Built]:
-    """Build an engine file for every denoiser graph of an export, beside the graphs.
+    """Build a TensorRT engine for every denoiser graph of an export, next to the graphs.
 
-    exported: a folder by `dualdiff export onnx`, of static size, in float16 or bfloat16.
-    Raises BackendError (with what TensorRT said), SettingsError.
+    Args:
+        exported: a folder by `export_onnx` or `write_bundle`, of static size, in float16 or
+            bfloat16.
+        options: see `BuildOptions`.
+        say: called with one line of progress per phase.
+
+    Returns:
+        One result per graph: file, seconds, bytes, profiles.
+
+    Raises:
+        SettingsError: the export has a dynamic size or float32, or options do not fit it.
+        BackendError: TensorRT is missing or fails; the message holds TensorRT's own.
     """
     options, folder = options or BuildOptions(), Path(exported)
     flavour = options.flavour or tensorrt_api.installed()
@@ -113,13 +130,13 @@ def _check(artefact: Artefact, folder: Path, options: BuildOptions) -> None:
         )
     if artefact.precision == "float32":
         raise SettingsError(
-            f"{folder} was exported in float32, for which TensorRT has no fused attention: export "
-            "with --precision float16 or bfloat16"
+            f"{folder} was exported in float32, but TensorRT has no fused attention for float32: "
+            "export with --precision float16 or bfloat16"
         )
     if options.batches[-1] > artefact.max_batch:
         raise SettingsError(
-            f"batches go to {options.batches[-1]}, the export to {artefact.max_batch}: pass "
-            "smaller ones, or export with a larger --max-batch"
+            f"batches go up to {options.batches[-1]}, the export up to {artefact.max_batch}: pass "
+            "smaller batches or export with a larger --max-batch"
         )
 
 
@@ -127,7 +144,7 @@ def _take_plugin(flavour: str, folder: Path, graphs: Sequence[str], targets: Seq
     """Register the exchange's kernel, having checked that the graphs ask for it."""
     if flavour != "tensorrt":
         raise SettingsError(
-            f"{flavour} takes no plugins: use tensorrt, or build without the plugin"
+            f"{flavour} does not support plugins: use tensorrt or build without the plugin"
         )
     for name in graphs:
         if name in WITH_EXCHANGE:
@@ -158,14 +175,14 @@ class _Builder:
 
     def run(self) -> Built:
         start = time.monotonic()
-        # before the minutes of a build: an adapter's file may be unsound
+        # before the minutes of a build: an adapter's file may be damaged
         weights = engine_file.weights_sha256(self._adapter_weights())
         network = self._parse()
         plugins = exchange_plugin.taken(self.trt, network, self._exchanges())
         config = self._config(network)
         plan = self.builder.build_serialized_network(network, config)
         if plan is None:
-            raise self._error("does not build")
+            raise self._error("could not be built")
         self._keep_timings(config)
         attentions = sum(
             network.get_layer(i).type == self.trt.LayerType.ATTENTION_INPUT
@@ -191,10 +208,10 @@ class _Builder:
         typed = getattr(flags, "STRONGLY_TYPED", None)
         network = self.builder.create_network(0 if typed is None else 1 << int(typed))
         parser = trt.OnnxParser(network, self.logger)
-        # by path: weights lie in files beside the graph
+        # by path: weights lie in files next to the graph
         if not parser.parse_from_file(str(path)):
-            said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-            raise BackendError(f"{self.flavour} does not read {path}: {said}")
+            errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise BackendError(f"{self.flavour} could not parse {path}: {errors}")
         return network
 
     def _config(self, network: Any) -> Any:
@@ -223,8 +240,8 @@ class _Builder:
         for name in self.artefact.adapter_weights:
             if not network.mark_weights_refittable(name):
                 raise BackendError(
-                    f"{self.flavour} lost the weight {name} of {self.artefact.graph}.onnx: export "
-                    "it again"
+                    f"{self.flavour} has no weight {name} of {self.artefact.graph}.onnx: export it "
+                    "again"
                 )
 
     def _ranges(self, network: Any) -> list[tuple[int, int]]:
@@ -276,10 +293,10 @@ class _Builder:
         return initializers(adapters[self.artefact.adapter["name"]].sites, self.artefact)
 
     def _error(self, what: str) -> BackendError:
-        said = "; ".join(self.logger.errors) or "it did not say why"
+        errors = "; ".join(self.logger.errors) or "no reason given"
         if self.options.refits and not engine_file.this_gpu(required=False):
-            said += " (replaceable weights need a GPU at build: leave refittable out)"
-        return BackendError(f"{self.artefact.graph}.onnx {what} with {self.flavour}: {said}")
+            errors += " (refittable engines need a GPU at build time: leave refittable out)"
+        return BackendError(f"{self.artefact.graph}.onnx {what} with {self.flavour}: {errors}")
 
 
 def _dynamic(network: Any) -> list[Any]:
@@ -300,7 +317,9 @@ def _shape(tensor: Any, batch: int, rows: int) -> list[int]:
     sizes: Mapping[str, int] = {BATCH: batch, ROWS: rows}
     axes = _axes(tensor)
     if unknown := [name for name in axes.values() if name not in sizes]:
-        raise BackendError(f"input {tensor.name} has an axis {unknown[0]!r} of unknown size")
+        raise BackendError(
+            f"input {tensor.name} has an unknown axis {unknown[0]!r}: export the graph again"
+        )
     return [sizes[axes[i]] if i in axes else size for i, size in enumerate(tuple(tensor.shape))]
 
 
@@ -313,6 +332,6 @@ def _capability(trt: Any, target: str) -> Any:
         return trt.ComputeCapability.CURRENT
     known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
     raise BackendError(
-        f"tensorrt-rtx {trt.__version__} does not build for compute capability {target}: it "
-        f"knows {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}"
+        f"tensorrt-rtx {trt.__version__} cannot build for compute capability {target}: choose "
+        f"one of {', '.join(f'{n[2:-1]}.{n[-1]}' for n in known)}"
     )

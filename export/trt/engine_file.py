@@ -1,8 +1,8 @@
-"""Engine files: a plan, and a manifest that is checked before the plan is looked at.
+"""Engine files: a plan, and a manifest that is checked before the plan is opened.
 
-A plan is code for a GPU, and TensorRT does not defend itself against a made-up one. So a plan is
-only loaded when this user built it, which a keyed hash in the manifest shows, or when the caller
-says that it is trusted.
+A plan is code for a GPU, and TensorRT does not protect itself against a manipulated one. So a plan
+is only loaded if this user built it, which a keyed hash in the manifest proves, or if the caller
+trusts it.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def this_gpu(required: bool = True) -> str:
         return "{}.{}".format(*torch.cuda.get_device_capability())
     if required:
         raise BackendError(
-            "TensorRT builds for the GPU it runs on, and this machine has none: use tensorrt-rtx "
-            "with --target 8.9, or build where the engine will run"
+            "TensorRT builds for this machine's GPU, but there is none: use tensorrt-rtx with "
+            "--target 8.9, or build on the machine that will run the engine"
         )
     return ""
 
@@ -92,13 +92,13 @@ def write(folder: Path, plan: bytes, manifest: Manifest, targets: Sequence[str])
     """Write a plan and, last, its manifest; returns the plan's path."""
     path = folder / name_of(manifest.graph, targets)
     digest = hashlib.sha256(plan).hexdigest()
-    told = {**asdict(manifest), "plan_sha256": digest}
-    told["built_by"] = _signature(told)
+    content = {**asdict(manifest), "plan_sha256": digest}
+    content["built_by"] = _signature(content)
     manifest_path = _manifest_path(path)
     # an old manifest must not vouch for a new plan
     manifest_path.unlink(missing_ok=True)
     write_whole(path, plan)
-    write_whole(manifest_path, json.dumps(told, indent=1).encode())
+    write_whole(manifest_path, json.dumps(content, indent=1).encode())
     return path
 
 
@@ -114,24 +114,24 @@ def read(path: Path, flavour: str, version: str, *, trust: bool = False) -> tupl
 
 
 def check_claims(path: Path, flavour: str, version: str, *, trust: bool = False) -> Claims:
-    """What an engine is said to be, as `read` checks it, without opening the plan.
+    """The claims of an engine's manifest, checked as by `read`, without opening the plan.
 
     Raises BackendError.
     """
     claims = _claims(path)
     if not trust and not hmac.compare_digest(claims.built_by, claims.signature()):
         raise BackendError(
-            f"{path} was not built by you: an engine is code for the GPU. If you trust where it "
-            "came from, pass trust=True (--trust); else build it again"
+            f"{path} was not built by you, and an engine is code for the GPU. If you trust its "
+            "source, pass trust=True (--trust); otherwise build it again"
         )
     _check_place(path, claims.manifest, flavour, version)
     return claims
 
 
 def check_intact(path: Path) -> None:
-    """That a plan is the one that its manifest describes, on whatever machine.
+    """Check that a plan matches its manifest, on any machine, whoever built it.
 
-    Says nothing of who built it. Raises BackendError.
+    Raises BackendError.
     """
     _claims(path).check_plan(sha256_of(path))
 
@@ -142,13 +142,13 @@ def plans(folder: Path) -> list[Path]:
 
 
 def belongs(path: Path) -> bool:
-    """Whether a file beside graphs came with building engines: made later, for one machine."""
+    """True for files that building engines adds: made later, for one machine."""
     return path.name == TIMING_CACHE or SUFFIX in path.suffixes
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What lies in a manifest's file: the manifest, the plan's hash, and who vouches for both."""
+    """The content of a manifest file: manifest, hash of the plan, signature of the builder."""
 
     path: Path
     manifest: Manifest
@@ -161,23 +161,25 @@ class Claims:
 
     def check_plan(self, found: str) -> None:
         if found != self.plan_sha256:
-            raise BackendError(f"{self.path} is not the plan its manifest describes: {_AGAIN}")
+            raise BackendError(f"{self.path} does not match its manifest: {_AGAIN}")
 
 
 def _claims(path: Path) -> Claims:
-    told = _read_manifest(path)
-    digest, built_by = str(told.pop("plan_sha256", "")), str(told.pop("built_by", ""))
+    content = _read_manifest(path)
+    digest, built_by = str(content.pop("plan_sha256", "")), str(content.pop("built_by", ""))
     try:
-        return Claims(path, Manifest(**told), digest, built_by)
+        return Claims(path, Manifest(**content), digest, built_by)
     except TypeError as error:
-        raise BackendError(f"{_manifest_path(path)} is no manifest ({error}): {_AGAIN}") from error
+        raise BackendError(
+            f"{_manifest_path(path)} is not a valid manifest ({error}): {_AGAIN}"
+        ) from error
 
 
 _AGAIN = "it is damaged or was changed; build it again with `dualdiff export tensorrt`"
 
 
 def _check_place(path: Path, manifest: Manifest, flavour: str, version: str) -> None:
-    """Raises BackendError where a manifest speaks of something else than is here."""
+    """Raises BackendError where a manifest does not match this machine and its graph."""
     graph, here = path.parent / f"{manifest.graph}.onnx", this_gpu(required=False) or "none"
     found = sha256_of(graph) if graph.is_file() else "no such file"
     claims = {
@@ -189,18 +191,18 @@ def _check_place(path: Path, manifest: Manifest, flavour: str, version: str) -> 
     for what, (built, have) in claims.items():
         if built != have:
             raise BackendError(
-                f"{path} was built with {what} {built}, here it is {have}: build it again with "
+                f"{path} was built with {what} {built}, but here it is {have}: build it again with "
                 "`dualdiff export tensorrt`"
             )
     if here not in manifest.targets:
         raise BackendError(
-            f"{path} was built for compute capability {', '.join(manifest.targets)}, this GPU has "
-            f"{here}: build it here with `dualdiff export tensorrt`"
+            f"{path} was built for compute capability {', '.join(manifest.targets)}, but this GPU "
+            f"has {here}: build it here with `dualdiff export tensorrt`"
         )
     if manifest.gpu and manifest.gpu != this_gpu_name():
         raise BackendError(
-            f"{path} was built on {manifest.gpu}, this is {this_gpu_name()}: build it here with "
-            "`dualdiff export tensorrt`"
+            f"{path} was built on {manifest.gpu}, but this is {this_gpu_name()}: build it here "
+            "with `dualdiff export tensorrt`"
         )
 
 
@@ -214,22 +216,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not file.is_file():
             raise BackendError(f"no {file}: build it with `dualdiff export tensorrt`")
     if manifest.stat().st_size > MOST_MANIFEST_BYTES:
-        raise BackendError(f"{manifest} is no manifest (over 1 MiB): {_AGAIN}")
+        raise BackendError(f"{manifest} is not a valid manifest (over 1 MiB): {_AGAIN}")
     try:
-        told = json.loads(manifest.read_text("utf-8"))
+        content = json.loads(manifest.read_text("utf-8"))
     except (ValueError, OSError) as error:
         raise BackendError(f"{manifest} cannot be read ({error}): {_AGAIN}") from error
-    if not isinstance(told, dict) or told.keys() - _FIELDS:
-        raise BackendError(f"{manifest} is no manifest: {_AGAIN}")
-    return told
+    if not isinstance(content, dict) or content.keys() - _FIELDS:
+        raise BackendError(f"{manifest} is not a valid manifest: {_AGAIN}")
+    return content
 
 
 _FIELDS = {field.name for field in fields(Manifest)} | {"plan_sha256", "built_by"}
 
 
-def _signature(told: dict[str, Any]) -> str:
+def _signature(content: dict[str, Any]) -> str:
     """A keyed hash of a manifest, which names its plan by hash: only this user can make it."""
-    text = json.dumps(told, sort_keys=True).encode()
+    text = json.dumps(content, sort_keys=True).encode()
     return hmac.new(_key(), text, hashlib.sha256).hexdigest()
 
 
@@ -251,5 +253,5 @@ def _key() -> bytes:
             made.unlink()
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
-        raise BackendError(f"{path} is not the key it was: delete it, and build engines again")
+        raise BackendError(f"{path} is damaged: delete it, then build your engines again")
     return key

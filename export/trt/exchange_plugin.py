@@ -56,18 +56,20 @@ def check_graph(path: Path) -> None:
     nodes = nodes_of(path)
     if not nodes:
         raise SettingsError(
-            f"{path} holds no {NAME} operator for a plugin to take: export with --exchange-operator"
+            f"{path} holds no {NAME} operator for the plugin: export with --exchange-operator"
         )
     wanted = {name: value.encode() for name, value in PLUGIN.items()}
     for node in nodes:
-        told = {attribute.name: attribute for attribute in node.attribute}
-        named = {name: told[name].s for name in PLUGIN if name in told}
+        metadata = {attribute.name: attribute for attribute in node.attribute}
+        named = {name: metadata[name].s for name in PLUGIN if name in metadata}
         # attributes are float32
-        same = "epsilon" in told and told["epsilon"].f == torch.tensor(INTERACTION_EPS).item()
+        same = (
+            "epsilon" in metadata and metadata["epsilon"].f == torch.tensor(INTERACTION_EPS).item()
+        )
         if node.op_type != NAME or named != wanted or not same:
             raise BackendError(
-                f"{path}: {node.name or node.op_type} is not the {NAME} of this release: export "
-                "again with --exchange-operator"
+                f"{path}: {node.name or node.op_type} is not the {NAME} operator of this release: "
+                "export again with --exchange-operator"
             )
 
 
@@ -80,8 +82,8 @@ def taken(trt: Any, network: Any, asked: int) -> list[str]:
     found = kinds.count(trt.LayerType.PLUGIN_V3)
     if found < asked:
         raise BackendError(
-            f"tensorrt {trt.__version__} took the plugin for {found} of {asked} exchanges: build "
-            "without it, and please report this"
+            f"tensorrt {trt.__version__} used the plugin for {found} of {asked} exchanges: build "
+            "without the plugin, and please report this"
         )
     return [ID] if found else []
 
@@ -104,16 +106,16 @@ def compiled(channels: int, dtype: torch.dtype, gate_bias: torch.dtype, capabili
         target=GPUTarget("cuda", int(capability.replace(".", "")), WARP),
         options={"num_warps": CONFIG.num_warps, "num_stages": CONFIG.num_stages},
     )
-    told = built.metadata
+    metadata = built.metadata
     # TensorRT leaves Triton's own last two arguments null, as Triton does where these are empty
-    scratch = told.global_scratch_size + told.profile_scratch_size
-    if scratch or told.shared > MOST_SHARED:
+    scratch = metadata.global_scratch_size + metadata.profile_scratch_size
+    if scratch or metadata.shared > MOST_SHARED:
         raise BackendError(
-            f"{what.name} takes {told.shared} bytes of shared memory and {scratch} of scratch on "
-            f"{capability}, a plugin at most {MOST_SHARED} and none: build without the plugin"
+            f"{what.name} needs {metadata.shared} bytes of shared memory and {scratch} of scratch "
+            f"on {capability}; a plugin may use {MOST_SHARED} and 0: build without the plugin"
         )
     threads, rows = WARP * CONFIG.num_warps, CONFIG.blocks["BLOCK_M"]
-    return Kernel(told.name, built.asm["ptx"], threads, told.shared, rows)
+    return Kernel(metadata.name, built.asm["ptx"], threads, metadata.shared, rows)
 
 
 def _triton_exchange() -> Any:
@@ -121,8 +123,8 @@ def _triton_exchange() -> Any:
         return importlib.import_module("dualdiff_engine.ops.triton.exchange")
     except ImportError as error:
         raise BackendError(
-            "the exchange plugin is compiled by Triton, which is not installed: "
-            "pip install 'dualdiff-engine[triton]', or build without the plugin"
+            "the exchange plugin needs Triton, which is not installed: pip install "
+            "'dualdiff-engine[triton]', or build without the plugin"
         ) from error
 
 
@@ -137,8 +139,8 @@ def register(capability: str) -> None:
     plugin = importlib.import_module("tensorrt.plugin")
     if not hasattr(plugin, "KernelLaunchParams"):
         raise BackendError(
-            f"tensorrt {trt.__version__} takes no plugins that are compiled ahead of time: use a "
-            "newer one, or build without the plugin"
+            f"tensorrt {trt.__version__} does not support plugins compiled ahead of time: use a "
+            "newer version or build without the plugin"
         )
 
     def describe(

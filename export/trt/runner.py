@@ -1,4 +1,4 @@
-"""TensorRT engines as the engine takes a denoiser: buffers bound once, steps as CUDA graphs."""
+"""A denoiser that runs TensorRT engines: buffers bound once, steps as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def profile_of(profiles: list[list[int]], batch: int) -> int:
         if low <= batch <= high:
             return index
     raise BackendError(
-        f"a batch of {batch} is above the {profiles[-1][1]} of the engine's last profile: pass a "
-        f"smaller batch, or build with --batches …,{batch}"
+        f"a batch of {batch} is above {profiles[-1][1]}, the most that the engine was built for: "
+        f"pass a smaller batch or build with --batches …,{batch}"
     )
 
 
 def must_refit(path: Path, manifest: Manifest, holds: str, wanted: str) -> bool:
-    """Whether an engine that holds some weights needs others; both as `weights_sha256` gives them.
+    """True if the engine must be refitted; holds, wanted: as by `weights_sha256`.
 
-    Raises BackendError when it does and cannot take them.
+    Raises BackendError when it must, but was built without refitting.
     """
     if holds == wanted:
         return False
     if not manifest.refittable:
         raise BackendError(
-            f"{path} serves the adapter {manifest.adapter.get('name')!r} alone, it was built "
-            "without refitting: use that adapter, or build with --refit"
+            f"{path} serves only the adapter {manifest.adapter.get('name')!r}, because it was "
+            "built without refitting: use that adapter or build with --refit"
         )
     return True
 
@@ -81,7 +81,7 @@ class TensorrtRunner:
             self.runtime = self.trt.Runtime(self.logger)
             self.engine = self.runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise self._error("does not load")
+            raise self._error("could not be loaded")
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         mode = self.trt.TensorIOMode.INPUT
         self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == mode]
@@ -112,7 +112,7 @@ class TensorrtRunner:
         known = set(refitter.get_all_weights())
         if absent := sorted(set(weights) - known):
             raise BackendError(
-                f"{self.path} has no weight {absent[0]} to replace: build it again with "
+                f"{self.path} has no refittable weight {absent[0]}: build it again with "
                 "`dualdiff export tensorrt`"
             )
         # TensorRT reads these until it is done
@@ -122,7 +122,7 @@ class TensorrtRunner:
             refitter.set_named_weights(name, values, self.trt.TensorLocation.HOST)
         torch.cuda.synchronize(self.device)
         if not refitter.refit_cuda_engine():
-            raise self._error("does not take other weights")
+            raise self._error("could not be refitted")
         self._holds = wanted
         # captured runs may hold what the old weights were compiled into
         self._bound.clear()
@@ -158,7 +158,7 @@ class TensorrtRunner:
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 if not context.execute_async_v3(side.cuda_stream):
-                    raise self._error("does not run")
+                    raise self._error("failed to run")
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -230,7 +230,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
         _rewritten(lambda content: content.__delitem__(slice(-60, None))), "'a.bin' is damaged"
     ),
     "safetensors": (
-        lambda path: saved(path.parent, tiny(), path.name), "safetensors file, rename it"
+        lambda path: saved(path.parent, tiny(), path.name), "is a .safetensors file, rename it"
     ),
     "text": (lambda path: path.write_bytes(b"hello"), NOT_SAVED),
 }  # fmt: skip

@@ -42,9 +42,9 @@ def base(request: pytest.FixtureRequest) -> BaseModel:
 
 def offered(base: BaseModel) -> list[str]:
     """The schedulers that the message for a wrong name lists."""
-    with pytest.raises(SettingsError, match="the base model takes") as caught:
+    with pytest.raises(SettingsError, match="choose one of") as caught:
         base.make_scheduler("none")
-    return str(caught.value).partition("takes ")[2].split(", ")
+    return str(caught.value).partition("one of ")[2].split(", ")
 
 
 def latents_of(base: BaseModel, name: str, steps: int, *, background: bool) -> torch.Tensor:

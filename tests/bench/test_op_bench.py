@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from dualdiff_engine import ops
 from dualdiff_engine.bench import cli, clock
 from dualdiff_engine.bench.gpu import autotune
+from dualdiff_engine.bench.op import auto, roofline
 from dualdiff_engine.bench.op import bench as op_bench
-from dualdiff_engine.bench.op import roofline
-from dualdiff_engine.bench.op.cases import Spec, problem, trace, work
+from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace, work
 from dualdiff_engine.bench.step import measure
 from dualdiff_engine.bench.step.case import Case
 from dualdiff_engine.ops.triton.tuning import Config
@@ -95,9 +96,14 @@ def test_the_largest_of_three_bounds_counts() -> None:
 def test_every_backend_is_green_beside_the_plain_formula(op: str, dtype: torch.dtype) -> None:
     with torch.inference_mode():
         rows = op_bench.rows_of(SPECS[op], 3, CPU, dtype, None)
-    served = [b for b in ops.BACKENDS if ops.backend_module(b).supported(op, CPU, dtype)[0]]
-    assert {row["by"] for row in rows} >= {op_bench.PLAIN, *served}
-    assert all(row["status"] == "ok" and row["error"] <= row["budget"] for row in rows)
+    proved = {b: ops.serves(b, op, CPU, dtype)[0] for b in ops.BACKENDS}
+    assert {row["by"] for row in rows} >= {op_bench.PLAIN, *(b for b, ok in proved.items() if ok)}
+    for row in rows:
+        if proved.get(row["by"], True):
+            assert row["status"] == "ok"
+            assert row["error"] <= row["budget"]
+        else:
+            assert row["status"].startswith("does not run: ")
     assert not any("ms" in row for row in rows)
 
 
@@ -115,13 +121,18 @@ def test_a_wrong_result_has_no_speed() -> None:
 
 
 def test_a_red_row_is_shown_without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.reference, "guided_step", lambda noise, s: noise[:, 0].float())
+    def variants(case: Problem, *_: object) -> dict[str, op_bench.Run]:
+        plain = partial(case.plain, *case.arguments)
+        return {op_bench.PLAIN: plain, "wrong": lambda: case.arguments[0][:, 0].float()}
+
+    # a backend that is wrong is not served in the first place
+    monkeypatch.setattr(op_bench, "variants", variants)
     ceilings = clock.Ceilings(1e9, 1e9)
     with torch.inference_mode():
         rows = op_bench.rows_of(SPECS["guided_step"], 1, CPU, torch.float32, ceilings, rounds=3)
     by = {row["by"]: row for row in rows}
     assert "ms" in by["eager"]
-    assert "ms" not in by["reference"]
+    assert "ms" not in by["wrong"]
     assert op_bench.RED in op_bench.table(rows)
 
 
@@ -138,6 +149,26 @@ def test_ops_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert eager["calls_per_step"] == 1
     assert eager["speedup_over_eager"] == 1
     assert 0 < eager["ms"]["p20"] <= eager["ms"]["p80"]
+
+
+def test_the_choice_of_auto_is_compared_with_the_best() -> None:
+    specs = [SPECS["geglu"], SPECS["linear"], SPECS["exchange"]]
+    rows = [
+        {"op": spec.op, "shapes": spec.label, "by": by, "ms": {"p50": ms}}
+        for spec, times in zip(specs, ([1.0, 1.02], [1.0, 2.0], [1.0, 9.0]), strict=True)
+        for by, ms in zip(("reference", "onednn"), times, strict=True)
+    ]
+    choices = dict(zip(specs, ("onednn", "onednn", "reference"), strict=True))
+    lines = auto.verdict(rows, choices).splitlines()
+    assert lines[0] == "auto: 2 of 3 calls within 0.97 of the best"
+    assert lines[1:] == [f"  0.50 linear {SPECS['linear'].label}: onednn, best reference"]
+    assert auto.verdict([], choices) == "auto: nothing was timed"
+
+
+def test_every_call_has_a_choice() -> None:
+    found = auto.taken("tiny", 3, CPU, torch.float32, background=True, limit_s=None)
+    assert found.keys() == trace("tiny", 3, background=True).keys()
+    assert set(found.values()) <= set(ops.BACKENDS)
 
 
 def test_roofline_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,8 @@ from dualdiff_engine import ops
 from dualdiff_engine.cli import main
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import OutOfMemoryError
-from dualdiff_engine.folder_writer import KINDS, MANIFEST, FolderWriter
+from dualdiff_engine.folder_writer import KINDS, MANIFEST, QUARANTINE, FolderWriter
+from dualdiff_engine.pipeline import generate as generation
 from support import DATA
 
 DUAL, BCM = DATA / "dual", DATA / "bcm"
@@ -105,16 +106,123 @@ def test_generate_continues_and_reports(
     drawn: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(drawn, tmp_path / "out")
-    assert generate(DUAL, out, *FAST, "--seeds", "20:22,3", "--batch", 2) == 0
+    more = ("--seeds", "20:22,3", "--batch", 2)
+    assert generate(DUAL, out, *FAST, *more) == 2
+    assert "holds pairs of another recipe (other sampling)" in capfd.readouterr().err
+    assert generate(DUAL, out, *FAST, *more, "--append") == 0
     said = capfd.readouterr()
     assert [row["seed"] for row in rows(out)] == [7, 8, 20, 21, 3]
     assert [row["index"] for row in rows(out)] == [0, 1, 2, 3, 4]
     assert files(drawn).items() < files(out).items()
     empty = sum(row["empty_mask"] for row in rows(out)[2:])
-    assert said.out == f"new pairs in {out}: 3 (empty masks: {empty})\n"
-    # PNDM takes one call more than steps; two batches
-    assert "6/6" in said.err
+    assert said.out == f"new pairs in {out}: 3 (empty masks: {empty}, full masks: 3)\n"
+    # PNDM takes one call more than steps; three pairs
+    assert "9/9" in said.err
     assert "arning" not in said.err
+
+
+def test_the_same_command_twice_draws_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for given in (("--seed", 3, "-n", 2), ("-n", 2), ("-n", 1)):
+        assert generate(DUAL, tmp_path, *FAST, *given) == 0
+        assert [row["seed"] for row in rows(tmp_path)] == [3, 4]
+    assert "1 of 1 pairs were already there" in capfd.readouterr().out
+    assert generate(DUAL, tmp_path, *FAST, "--seed", 3, "-n", 3) == 0
+    assert [row["seed"] for row in rows(tmp_path)] == [3, 4, 5]
+    assert "2 of 3 pairs were already there" in capfd.readouterr().out
+    assert generate(DUAL, tmp_path, *FAST, "-n", 4) == 0
+    assert len({row["seed"] for row in rows(tmp_path)}) == 4
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut off", "a bit flipped"])
+def test_a_lost_picture_is_drawn_again(tmp_path: Path, harm: str) -> None:
+    assert generate(DUAL, tmp_path, *FAST, "--seeds", "1,2") == 0
+    before, path = files(tmp_path), tmp_path / "anomaly" / "00001.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.unlink()
+    if harm != "gone":
+        path.write_bytes(content[:-20] if harm == "cut off" else content)
+    assert generate(DUAL, tmp_path, *FAST, "--seeds", "1,2") == 0
+    assert files(tmp_path) == before
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_seed_twice_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate(DUAL, tmp_path, *FAST, "--seeds", "5,5") == 2
+    assert "seed 5 is given twice" in capfd.readouterr().err
+
+
+def test_unusable_pairs_are_set_aside(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = generation.denoise
+
+    def denoise(*arguments: Any) -> Any:
+        generators, step_end = arguments[6], arguments[8]
+        bad = [generator.initial_seed() == 2 for generator in generators]
+
+        def spoiled(step: int, timestep: Any, latents: Any) -> Any:
+            latents = latents.clone()
+            latents[torch.tensor(bad)] = float("nan")
+            return step_end(step, timestep, latents)
+
+        return real(*arguments[:8], spoiled)
+
+    monkeypatch.setattr(generation, "denoise", denoise)
+    assert generate(DUAL, tmp_path, *FAST, "--seeds", "1:4", "--batch", 3) == 3
+    assert [row["seed"] for row in rows(tmp_path)] == [1, 3]
+    (aside,) = [json.loads(x) for x in (tmp_path / QUARANTINE).read_text().splitlines()]
+    assert aside["seed"] == 2
+    assert "not finite from step 0 on" in aside["reason"]
+    assert "set aside as unusable: 1" in capfd.readouterr().out
+    # it would come out so again
+    assert generate(DUAL, tmp_path, *FAST, "--seeds", "1:4") == 3
+    assert len(rows(tmp_path)) == 2
+
+
+def test_sigterm_keeps_finished_pairs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FolderWriter.write
+
+    def write(writer: FolderWriter, pair: Any) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return real(writer, pair)
+
+    monkeypatch.setattr(FolderWriter, "write", write)
+    assert generate(DUAL, tmp_path, *FAST, "-n", 3, "--batch", 1) == 143
+    assert len(rows(tmp_path)) == 1
+    assert capfd.readouterr().err.endswith("dualdiff: terminated\n")
+
+
+def test_a_closed_stdout_and_a_full_stderr_cost_no_pair(tmp_path: Path) -> None:
+    words = [*("generate", "--base", DUAL / "model", "--adapter", DUAL / "adapter", *FAST)]
+    code = (
+        "import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "from dualdiff_engine.cli import main; code = main(sys.argv[1:])\n"
+        "os._exit(code)"
+    )
+    words = [str(word) for word in (*words, "-n", 2, "--out", tmp_path)]
+    run = subprocess.run([sys.executable, "-c", code, *words], check=False, timeout=120)
+    assert run.returncode == 0
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_removed_manifest_is_noticed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FolderWriter.write
+
+    def write(writer: FolderWriter, pair: Any) -> int:
+        (tmp_path / MANIFEST).unlink(missing_ok=True)
+        return real(writer, pair)
+
+    monkeypatch.setattr(FolderWriter, "write", write)
+    assert generate(DUAL, tmp_path, *FAST, "-n", 1) == 2
+    assert "was removed or replaced while this run was writing" in capfd.readouterr().err
 
 
 def test_quiet_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -269,8 +377,8 @@ def test_commands_say_what_is_wrong(
         ("--count 0", "'--count'"),
         ("--count 9999999", "1000000"),
         ("--batch 0", "'--batch'"),
-        ("--seeds 1,x", "'x' is neither a seed nor an upward range"),
-        ("--seeds 5:5", "'5:5' is neither"),
+        ("--seeds 1,x", "'x' is not a seed or an ascending range"),
+        ("--seeds 5:5", "'5:5' is not a seed"),
         ("--seeds 0:99999999", "at most 1,000,000 pairs"),
         ("--seeds 9223372036854775808", "2^63-1"),
         ("--seeds 1 --count 1", "leave out --count and --seed"),
@@ -405,8 +513,8 @@ def test_a_full_disk_keeps_finished_pairs(
     real, calls = os.fsync, iter(range(99))
 
     def fsync(file: int) -> None:
-        # four per pair: the second pair's anomaly picture
-        if next(calls) == 5:
+        # seven per pair: the second pair's anomaly picture
+        if next(calls) == 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(file)
 

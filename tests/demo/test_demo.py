@@ -118,7 +118,7 @@ def test_generate_takes_a_demo_and_the_users_choices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--demo", "gear/dent"], "no demo 'gear/dent': there are washer/chip"),
+        (["--demo", "gear/dent"], "no demo 'gear/dent': choose one of washer/chip"),
         (["--demo", "tile/chip", "--base", "x"], "leave out --base and --adapter"),
         ([], "pass --base and --adapter, or --demo"),
         (["--base", "x"], "pass --base and --adapter, or --demo"),

@@ -83,14 +83,16 @@ def test_dataset_has_the_layout_that_training_reads(tmp_path: Path) -> None:
     assert (picture.mode, picture.size, mask.mode) == ("RGB", (SIZE, SIZE), "L")
     pictures = [p.read_bytes() for p in tmp_path.glob("t*/*/*.png")]
     assert len(set(pictures)) == len(pictures)
-    with pytest.raises(OutputError, match="holds a data set"):
+    with pytest.raises(OutputError, match="already holds a data set"):
         write_dataset(tmp_path, "tile", ["crack"], good=1, defective=1)
 
 
 def test_unknown_names_are_told() -> None:
-    with pytest.raises(SettingsError, match="no part 'gear': the factory makes washer"):
+    with pytest.raises(SettingsError, match="no part 'gear': choose one of washer"):
         make("gear", seed=0)
-    with pytest.raises(SettingsError, match="no washer/hole: a washer can have scratch, stain"):
+    with pytest.raises(
+        SettingsError, match="no defect 'hole' of washer: choose one of scratch, stain"
+    ):
         make("washer", "hole", seed=0)
     with pytest.raises(SettingsError, match="seed"):
         make("washer", seed=-1)

@@ -111,7 +111,7 @@ def test_pictures_without_a_mask_are_left_out() -> None:
     assert record["arms"]["generated"]["pictures"] == 7
     assert record["arms"]["generated"]["spread"]["pixel_ap"] is None
     task.arms["generated"].masks[:] = False
-    with pytest.raises(SettingsError, match="arm 'generated': 0 usable pictures"):
+    with pytest.raises(SettingsError, match="arm 'generated': 0 usable pictures found"):
         downstream.run(task, SMALL)
 
 
@@ -195,7 +195,7 @@ def test_command_on_users_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "| dent | 5 real (ceiling) |" in shown.out
     assert "generated, seed 1: AP" in shown.err
     assert cli.main([*words, "--few", "7"]) == 2
-    assert "7 to train on leave 1 to test on" in capsys.readouterr().err
+    assert "7 of them for training leave 1 for testing" in capsys.readouterr().err
 
 
 def test_command_on_the_factory(tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -324,5 +324,5 @@ def test_unusable_choices_are_told(
 def test_real_folders_need_good_pictures(tmp_path: Path) -> None:
     pairs = find_pairs(write_run(tmp_path / "run", blobs(2, 2)))
     real = write_real(tmp_path / "real", blobs(6, 1), good(2, 4))
-    with pytest.raises(DataError, match="good: 1 good pictures, at least 2"):
+    with pytest.raises(DataError, match="good: 1 good pictures found, at least 2"):
         tasks.user_task(pairs, real, "dent", 32, few=2)

@@ -97,16 +97,16 @@ def test_unusable_weights_are_told_and_run_no_code(tmp_path: Path, fidelity: Fid
     with pytest.raises(SettingsError, match=r"save weights-inception-2015.* nothing is downloaded"):
         Inception(tmp_path / "x.pth")
     (tmp_path / "broken.pth").write_bytes(b"not weights")
-    with pytest.raises(SettingsError, match="is no file of weights"):
+    with pytest.raises(SettingsError, match="is not a valid weights file"):
         Inception(tmp_path / "broken.pth")
     torch.save({"x": Path("code would run")}, tmp_path / "hostile.pth")
-    with pytest.raises(SettingsError, match="is no file of weights"):
+    with pytest.raises(SettingsError, match="is not a valid weights file"):
         Inception(tmp_path / "hostile.pth")
     torch.save([1], tmp_path / "list.pth")
-    with pytest.raises(SettingsError, match="is no file of weights"):
+    with pytest.raises(SettingsError, match="is not a valid weights file"):
         Inception(tmp_path / "list.pth")
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(SettingsError, match="holds no Inception v3"):
+    with pytest.raises(SettingsError, match="does not hold torch-fidelity's Inception v3"):
         Inception(tmp_path / "other.pth")
 
 
@@ -197,7 +197,7 @@ def test_ic_lpips_is_its_definition(
     check_ic_lpips(measure, samples, train)
     assert measure.intra_cluster(samples[:1], train)["ic_lpips"] is None
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(SettingsError, match="holds no VGG-16"):
+    with pytest.raises(SettingsError, match="does not hold torchvision's VGG-16"):
         Lpips(tmp_path / "other.pth")
 
 

@@ -189,13 +189,13 @@ def test_command_writes_record_and_table(
 
 
 def test_unusable_folders_are_told(tmp_path: Path, run: Path) -> None:
-    with pytest.raises(DataError, match="no pairs: pass a folder"):
+    with pytest.raises(DataError, match="holds no pairs: pass a folder"):
         find_pairs(tmp_path)
     empty = write_run(tmp_path / "empty", blobs(0, 0))
-    with pytest.raises(DataError, match="0 pairs, at least 2"):
+    with pytest.raises(DataError, match="0 pairs found, at least 2"):
         find_pairs(empty)
     single = write_run(tmp_path / "single", blobs(1, 0))
-    with pytest.raises(DataError, match="1 pairs, at least 2"):
+    with pytest.raises(DataError, match="1 pairs found, at least 2"):
         find_pairs(single)
     black = blobs(3, 0)
     black.masks[:] = False
@@ -209,7 +209,7 @@ def test_unusable_folders_are_told(tmp_path: Path, run: Path) -> None:
         find_pairs(run)
     lines = str(told.value).splitlines()
     assert len(lines) == 1 + 4
-    assert "mask/00001.png is (8, 9), its image (64, 64)" in lines[1]
+    assert "mask/00001.png has size (8, 9), its image (64, 64)" in lines[1]
     assert "mask/00002.png is missing" in lines[2]
     assert "image/00003.png is not a readable picture" in lines[3]
     assert "anomaly/00004.png is not a readable picture" in lines[4]
@@ -219,7 +219,7 @@ def test_names_must_match_without_a_manifest(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", blobs(3, 0), manifest=False)
     assert len(find_pairs(run)) == 3
     (run / "mask/00001.png").rename(run / "mask/other.png")
-    with pytest.raises(DataError, match=r"mask/other\.png: no image of this name"):
+    with pytest.raises(DataError, match=r"mask/other\.png: .*/image has no image of this name"):
         find_pairs(run)
     (run / "mask/other.png").unlink()
     with pytest.raises(DataError, match=r"mask/00001\.png is missing"):
@@ -255,12 +255,12 @@ def test_real_pictures_and_good_ones_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not in MVTec layout"):
         find_real(tmp_path)
     real = write_real(tmp_path / "real", blobs(3, 1), good(1, 3))
-    with pytest.raises(DataError, match="train/good: 0 good pictures, at least 2"):
+    with pytest.raises(DataError, match="train/good: 0 good pictures found, at least 2"):
         find_good(real, "train")
     Image.new("L", (32, 32)).save(real / "ground_truth/dent/001_mask.png")
-    with pytest.raises(DataError, match=r"001_mask\.png: mask without white"):
+    with pytest.raises(DataError, match=r"001_mask\.png: the mask has no white pixel"):
         find_real(real)
-    with pytest.raises(DataError, match="no folder 'scratch': it holds dent"):
+    with pytest.raises(DataError, match="no folder 'scratch': choose one of dent"):
         find_real(real, "scratch")
 
 
@@ -268,7 +268,7 @@ def test_real_pictures_and_good_ones_are_checked(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--out", "/no/such/folder/x.json"], "choose a file in a folder that exists"),
-        (["--defect", "dent"], "choose from --train"),
+        (["--defect", "dent"], "select from --train"),
         (["--vgg", "x.pth"], "pass --train"),
         (["--inception", "x.pth"], ""),
     ],

@@ -25,6 +25,7 @@ from dualdiff_engine.export.trt import (
     runner as tensorrt_runner,
 )
 from dualdiff_engine.export.trt.engine_file import Manifest
+from dualdiff_engine.files import sha256_of
 
 TARGET = "8.9"
 CUDA = torch.device("cuda")
@@ -43,7 +44,7 @@ def write_plan(folder: Path, content: bytes = b"plan") -> Path:
         version="1.7",
         targets=[TARGET],
         gpu="",
-        graph_sha256=engine_file.sha256(folder / "denoiser.onnx"),
+        graph_sha256=sha256_of(folder / "denoiser.onnx"),
         base={"sha256": "0"},
         adapter={"name": "hole"},
         precision="float16",
@@ -89,14 +90,14 @@ def test_an_engine_that_cannot_be_refitted_serves_its_adapter(plan: Path) -> Non
     wanted = [engine_file.weights_sha256(weights) for weights in others]
     assert len({holds, *wanted}) == 6
     assert not tensorrt_runner.must_refit(plan, manifest, holds, holds)
-    with pytest.raises(BackendError, match=r"serves the adapter 'hole' alone.*--refit"):
+    with pytest.raises(BackendError, match=r"serves only the adapter 'hole'.*--refit"):
         tensorrt_runner.must_refit(plan, manifest, holds, wanted[0])
     assert tensorrt_runner.must_refit(plan, replace(manifest, refittable=True), holds, wanted[0])
 
 
 def test_engines_of_others_need_trust(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(plan.parent / "somebody"))
-    with pytest.raises(BackendError, match=r"was not built by you: .*pass trust=True \(--trust\)"):
+    with pytest.raises(BackendError, match=r"was not built by you, .*pass trust=True \(--trust\)"):
         read(plan)
     assert read(plan, trust=True)[1] == b"plan"
 
@@ -110,15 +111,15 @@ def test_a_changed_manifest_is_nobodys(plan: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "built with format 2, here it is 1"),
-        ({"flavour": "tensorrt"}, "built with flavour tensorrt, here it is tensorrt-rtx"),
-        ({"version": "1.6"}, "built with tensorrt-rtx version 1.6, here it is 1.7"),
-        ({"graph_sha256": "ab"}, "built with hash of denoiser.onnx ab, here it is"),
-        ({"graph": "other"}, "hash of other.onnx .* here it is no such file"),
-        ({"targets": ["9.0"]}, "built for compute capability 9.0, this GPU has 8.9"),
-        ({"gpu": "another card"}, "was built on another card, this is"),
-        ({"plan_sha256": "ab"}, "is not the plan its manifest describes"),
-        ({"surprise": 1}, "is no manifest"),
+        ({"format": 2}, "built with format 2, but here it is 1"),
+        ({"flavour": "tensorrt"}, "built with flavour tensorrt, but here it is tensorrt-rtx"),
+        ({"version": "1.6"}, "built with tensorrt-rtx version 1.6, but here it is 1.7"),
+        ({"graph_sha256": "ab"}, "built with hash of denoiser.onnx ab, but here it is"),
+        ({"graph": "other"}, "hash of other.onnx .* but here it is no such file"),
+        ({"targets": ["9.0"]}, "built for compute capability 9.0, but this GPU has 8.9"),
+        ({"gpu": "another card"}, "was built on another card, but this is"),
+        ({"plan_sha256": "ab"}, "does not match its manifest"),
+        ({"surprise": 1}, "is not a valid manifest"),
     ],
 )
 def test_engines_of_elsewhere_are_told_apart(
@@ -133,9 +134,9 @@ def test_engines_of_elsewhere_are_told_apart(
     ("content", "message"),
     [
         (b"{", "cannot be read"),
-        (b"[]", "is no manifest"),
-        (b"{}", "is no manifest"),
-        (b" " * (1 << 20) + b"{}", "is no manifest .over 1 MiB"),
+        (b"[]", "is not a valid manifest"),
+        (b"{}", "is not a valid manifest"),
+        (b" " * (1 << 20) + b"{}", "is not a valid manifest .over 1 MiB"),
     ],
 )
 def test_damaged_manifests(plan: Path, content: bytes, message: str) -> None:
@@ -146,7 +147,7 @@ def test_damaged_manifests(plan: Path, content: bytes, message: str) -> None:
 
 def test_a_truncated_plan(plan: Path) -> None:
     plan.write_bytes(b"pla")
-    with pytest.raises(BackendError, match="is not the plan its manifest describes"):
+    with pytest.raises(BackendError, match="does not match its manifest"):
         read(plan)
     plan.unlink()
     with pytest.raises(BackendError, match="build it with `dualdiff export tensorrt`"):
@@ -157,7 +158,7 @@ def test_the_key_is_the_users_alone(plan: Path) -> None:
     (key,) = (plan.parent / "data").rglob("builder.key")
     assert key.stat().st_mode & 0o777 == 0o600
     key.write_bytes(b"short")
-    with pytest.raises(BackendError, match="is not the key it was"):
+    with pytest.raises(BackendError, match=r"builder\.key is damaged: delete it"):
         read(plan)
 
 
@@ -180,7 +181,7 @@ def test_a_bundle_takes_engines_that_may_run_here(plan: Path, rtx: None) -> None
     backend, why = fastest(plan, trust=True)
     assert backend == "onnxruntime"
     assert "not TensorRT: " in why
-    assert "built with tensorrt-rtx version 1.6, here it is 1.7" in why
+    assert "built with tensorrt-rtx version 1.6, but here it is 1.7" in why
     plan.unlink()
     assert "holds no TensorRT engine of denoiser" in fastest(plan)[1]
     assert exported_engine.fastest(plan.parent, {}, torch.device("cpu"), False) == (
@@ -210,7 +211,7 @@ def test_engines_beside_a_bundle(bundle: Any, copy_of: Any) -> None:
     write_plan(folder, b"another plan")
     assert verify_bundle(folder)["engines"] == 1
     path.write_bytes(b"another plan, damaged")
-    with pytest.raises(BackendError, match=r"sm_89\.plan is not the plan its manifest describes"):
+    with pytest.raises(BackendError, match=r"sm_89\.plan does not match its manifest"):
         verify_bundle(folder)
     Path(f"{path}.json").unlink()
     with pytest.raises(BackendError, match=r"no .*sm_89\.plan\.json"):

@@ -136,7 +136,7 @@ def test_command_line(
     small_engine(base, LEAST)
     options = ["--base", str(base), "--adapter", str(adapter), "--out", str(tmp_path / "out")]
     for wrong, said in (
-        (["--opset", "9"], "opset 9 cannot be exported"),
+        (["--opset", "9"], "opset 9 is not supported"),
         (["--size", "big"], "--size must be 512"),
         (["--batches", "1;2"], "batch sizes must be numbers"),
         ([], "adapter"),

@@ -33,6 +33,7 @@ from dualdiff_engine.export.trt import (
     runner as tensorrt_runner,
 )
 from dualdiff_engine.export.trt.build import BuildOptions
+from dualdiff_engine.files import sha256_of
 from support import DATA
 from tensorrt_stubs import bindings
 
@@ -117,7 +118,7 @@ def test_every_attention_gets_a_kernel_of_its_own(
         assert told["profiles"] == [[1, 64]]
         assert told["targets"] == [TARGET]
         assert told["plugins"] == []
-        assert told["graph_sha256"] == engine_file.sha256(folder / f"{one.graph}.onnx")
+        assert told["graph_sha256"] == sha256_of(folder / f"{one.graph}.onnx")
         assert told["adapter"]["name"] == "tiny"
         # what an engine with that adapter brings to a runner: a plan needs no refitting for it
         brought = initializers(engine.unet._changed, graphs[one.graph])
@@ -145,17 +146,17 @@ def test_the_adapters_weights_keep_their_names(tiny: Any) -> None:
 def test_heads_without_a_fused_kernel_are_told(exported: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
     folder = exported("dual", precision="float16")
-    with pytest.raises(BackendError, match=r"denoiser.onnx does not build .* dedicated kernel"):
+    with pytest.raises(BackendError, match=r"denoiser.onnx could not be built .* dedicated kernel"):
         tensorrt_build.build(folder, OPTIONS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batches": ()}, "batches must ascend"),
-        ({"batches": (8, 1)}, "batches must ascend"),
+        ({"batches": ()}, "batches must be ascending"),
+        ({"batches": (8, 1)}, "batches must be ascending"),
         ({"batches": (0, 8)}, "at least 1"),
-        ({"flavour": "tensorrt"}, "targets are for tensorrt-rtx"),
+        ({"flavour": "tensorrt"}, "targets need tensorrt-rtx"),
     ],
 )
 def test_wrong_options(change: dict[str, Any], message: str) -> None:
@@ -181,7 +182,7 @@ def test_ranges_of_batches_are_profiles() -> None:
     profiles = [[1, 1], [2, 8], [9, 32]]
     chosen = [tensorrt_runner.profile_of(profiles, batch) for batch in (1, 2, 8, 9, 32)]
     assert chosen == [0, 1, 1, 2, 2]
-    with pytest.raises(BackendError, match=r"a batch of 33 is above the 32 .* --batches …,33"):
+    with pytest.raises(BackendError, match=r"a batch of 33 is above 32, .* --batches …,33"):
         tensorrt_runner.profile_of(profiles, 33)
 
 
@@ -192,7 +193,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         tensorrt_api.package("tensorrt-rtx")
     with pytest.raises(BackendError, match="TensorRT is not installed"):
         tensorrt_api.installed()
-    with pytest.raises(BackendError, match="no TensorRT called 'trt'"):
+    with pytest.raises(BackendError, match="no TensorRT flavour 'trt'"):
         tensorrt_api.package("trt")
 
 

@@ -187,7 +187,7 @@ def test_what_is_refused(bundle: Any, tmp_path: Path) -> None:
     for wrong in ({"name": "../x"}, {"name": ""}, {"device": "tpu"}, {"instances": 0}):
         with pytest.raises(SettingsError):
             Serving(**wrong)
-    with pytest.raises(BackendError, match="max_batch 65 is above the 64"):
+    with pytest.raises(BackendError, match="max_batch 65 is above 64, the most that"):
         write_repository(bundle("dual"), tmp_path / "out", Serving(max_batch=65))
     assert main(["export", "triton-server", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()

@@ -133,8 +133,8 @@ def test_the_network_reads_the_same_addresses_every_time() -> None:
     for seed in range(3):
         graphed(**with_background(unet, call(unet, seed), seed))
         graphed.load(adapter(seed, CPU, background=True))
-    # one capture and three replays
-    assert len(seen) == 4
+    # one capture, a replay and the network itself to compare, and three replays
+    assert len(seen) == 6
     assert all(addresses == seen[0] for addresses in seen)
 
 
@@ -232,3 +232,29 @@ def test_replays_equal_the_network_bit_for_bit() -> None:
             arguments = noised, plain["time_bias"], plain["text"]
             ours, theirs = (x.background_shares(*arguments) for x in (graphed, fresh))
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def fails(run: Any) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing. More")
+
+
+def replays_something_else(run: Any) -> Any:
+    return lambda: [result + 1e-6 for result in run()]
+
+
+@pytest.mark.parametrize(
+    ("capture", "reason"),
+    [
+        (fails, "RuntimeError: operation not permitted when stream is capturing"),
+        (replays_something_else, "a replay differs from the network's own result"),
+    ],
+)
+def test_what_cannot_be_captured_runs_as_it_is_or_is_refused(capture: Any, reason: str) -> None:
+    unet = network()
+    graphed = GraphedDenoiser(unet, capture, required=False)
+    for seed in range(2):
+        inputs = call(unet, seed)
+        assert torch.equal(graphed(**inputs), unet(**inputs))
+    assert graphed.refused == reason
+    with pytest.raises(BackendError, match=f"cannot be used here: {reason}; leave cuda_graph out"):
+        GraphedDenoiser(unet, capture)(**call(unet, 0))

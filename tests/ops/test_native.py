@@ -164,7 +164,8 @@ def test_not_finite_values_show() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: native.attention(x, x, x.double(), 2), "one for all"),
+        (lambda x: native.attention(x, x, x.double(), 2), "of one dtype; got torch"),
+        (lambda x: native.attention(*[x.half()] * 3, 2), "fp32 or bf16 on the CPU"),
         (lambda x: native.attention(x, x, x, 5), "C of 5 heads"),
         (lambda x: native.attention(x, x, x[..., :8], 2), "keys and values"),
         (lambda x: native.attention(x, x[:, :0], x[:, :0], 2), "at least one key"),
@@ -202,3 +203,26 @@ def test_the_build_refuses_what_it_cannot_do(asked: str, message: str) -> None:
     )
     assert run.returncode != 0
     assert message in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ("portable", "C++ kernels for portable"),
+        ("off", "switched off by DUALDIFF_NATIVE_ISA"),
+        ("mmx", "this processor has no level mmx; it has "),
+    ],
+)
+def test_instructions_can_be_limited(asked: str, shown: str) -> None:
+    code = (
+        "import torch; from dualdiff_engine.ops import native\n"
+        "print(native.supported('attention', torch.device('cpu'), torch.float32))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DUALDIFF_NATIVE_ISA": asked},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown in run.stdout

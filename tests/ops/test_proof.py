@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import time
@@ -15,7 +14,16 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
-from dualdiff_engine.ops import BACKENDS, NAMES, bind, onednn, proof, reference, serves
+from dualdiff_engine.ops import (
+    BACKENDS,
+    NAMES,
+    backend_module,
+    bind,
+    onednn,
+    proof,
+    reference,
+    serves,
+)
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -84,7 +92,7 @@ def test_a_faulty_backend_is_left_out(
         bind("geglu=onednn", dtype=dtype)
 
 
-@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("op", [*NAMES, "convolution"])
 def test_one_percent_in_one_row_shows(op: str, dtype: torch.dtype) -> None:
     right = getattr(reference, op)
     assert proof.prove(right, op, CPU, dtype).ok
@@ -97,9 +105,7 @@ def test_one_percent_in_one_row_shows(op: str, dtype: torch.dtype) -> None:
 def test_what_claims_to_serve_does(op: str, dtype: torch.dtype) -> None:
     """Each backend that this machine offers is right, or is left out for what it raised."""
     for backend in BACKENDS:
-        claimed, _ = importlib.import_module(f"dualdiff_engine.ops.{backend}").supported(
-            op, CPU, dtype
-        )
+        claimed, _ = backend_module(backend).supported(op, CPU, dtype)
         ok, reason = serves(backend, op, CPU, dtype)
         assert ok <= claimed
         assert ok or not claimed or reason.startswith("fails: "), reason
@@ -149,9 +155,12 @@ def test_a_pytorch_that_is_wrong_is_no_measure(monkeypatch: pytest.MonkeyPatch) 
 def test_without_bf16_instructions_products_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in onednn.OPS:
         monkeypatch.setattr(onednn, op, partial(raises, getattr(reference, op)))
-    table = {row.op: row for row in bind("auto", dtype=torch.bfloat16).table}
+    ops = bind("auto", dtype=torch.bfloat16)
+    assert ops.widened
+    assert ops.convolution is not bind("auto").convolution
+    table = {row.op: row for row in ops.table}
     assert {table[op].backend for op in ("linear", "branch_linear", "geglu")} == {"widened"}
-    assert "as long as float32" in table["linear"].reason
+    assert "as slow as float32" in table["linear"].reason
     assert "not onednn: fails: RuntimeError: could not create" in table["linear"].reason
     with pytest.raises(BackendError, match=r"'onednn' cannot be used: .*could not create"):
         bind("onednn", dtype=torch.bfloat16)

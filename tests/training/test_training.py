@@ -317,7 +317,7 @@ def test_loss_is_the_sum_over_branches_of_squared_errors(
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"prompt_dropout": 1.5}, "prompt_dropout must be"),
         ({"seed": -1}, "seed must be"),
-        ({"defect": "../hole"}, "defect must name a folder"),
+        ({"defect": "../hole"}, "defect must be the name of a folder"),
     ],
 )
 def test_options_are_checked(changes: dict[str, Any], match: str) -> None:

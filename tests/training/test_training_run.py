@@ -67,40 +67,43 @@ def keep_one(root: Path) -> None:
 BLACK, WHITE = np.zeros((SIZE, SIZE), np.uint8), np.full((SIZE, SIZE), 255, np.uint8)
 OBJECT = "object_mask"
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no masks": (lambda r: mask_of(r, 1).unlink(), r"001\.png: no mask .*001_mask\.png: add it"),
+    "no masks": (lambda r: mask_of(r, 1).unlink(), r"001\.png has no mask: add .*001_mask\.png"),
     "mask of another size": (
         lambda r: save(mask_of(r, 1), WHITE[:32]),
-        r"001_mask\.png: mask of \(64, 32\), its picture of \(64, 64\): make them match",
+        r"001_mask\.png: the mask has size \(64, 32\), its picture \(64, 64\): make them equal",
     ),
-    "empty mask": (lambda r: save(mask_of(r, 1), BLACK), r"001_mask\.png: mask without white: dr"),
+    "empty mask": (
+        lambda r: save(mask_of(r, 1), BLACK),
+        r"001_mask\.png: the mask has no white .*: draw",
+    ),
     "mask of ones": (
         lambda r: save(mask_of(r, 1), WHITE // 255),
-        r"001_mask\.png: mask without white \(its brightest is 1: save white as 255\)",
+        r"001_mask\.png: the mask has no white pixel \(brightest value 1: save white as 255\)",
     ),
     "damaged mask": (lambda r: damage(mask_of(r, 1)), r"001_mask\.png.*: save it again"),
-    "one picture": (keep_one, r"test/hole: 1 pictures, at least 2 are needed .*: add more"),
+    "one picture": (keep_one, r"test/hole: 1 pictures found, at least 2 are needed .*: add more"),
     "no picture": (
         lambda r: [picture_of(r, n).unlink() for n in range(3)],
-        r"test/hole: 0 pictures, at least 2",
+        r"test/hole: 0 pictures found, at least 2",
     ),
     "unreadable picture": (lambda r: picture_of(r, 1).write_text("x"), r"001\.png.*: save it ag"),
     "cut-off picture": (lambda r: cut_off(picture_of(r, 1)), r"001\.png.*: save it again"),
     "damaged picture": (lambda r: damage(picture_of(r, 1)), r"001\.png.*: save it again"),
     "no object mask": (
         lambda r: mask_of(r, 1, OBJECT).unlink(),
-        r"001\.png: no object mask .*object_mask/hole/001_mask\.png: add it",
+        r"001\.png has no object mask: add .*object_mask/hole/001_mask\.png",
     ),
     "object mask of another size": (
         lambda r: save(mask_of(r, 1, OBJECT), WHITE[:32]),
-        r"001_mask\.png: object mask of \(64, 32\)",
+        r"001_mask\.png: the object mask has size \(64, 32\)",
     ),
     "empty object mask": (
         lambda r: save(mask_of(r, 1, OBJECT), BLACK),
-        r"001_mask\.png: object mask without white",
+        r"001_mask\.png: the object mask has no white pixel",
     ),
     "object everywhere": (
         lambda r: save(mask_of(r, 1, OBJECT), WHITE),
-        r"001_mask\.png: object mask is all white",
+        r"001_mask\.png: the object mask is all white",
     ),
 }
 
@@ -126,7 +129,7 @@ def test_backgrounds_of_sheets_are_checked_too(data: Path, tmp_path: Path) -> No
     assert len(sheet_backgrounds(tmp_path, examples, options)) == 3
     root = write_data(tmp_path)
     save(mask_of(root, 0, OBJECT, "good"), WHITE[:32])
-    with pytest.raises(DataError, match=r"good/000_mask\.png: mask of \(64, 32\)"):
+    with pytest.raises(DataError, match=r"good/000_mask\.png: the mask has size \(64, 32\)"):
         sheet_backgrounds(root, examples, options)
 
 
@@ -144,7 +147,7 @@ def test_every_fault_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_missing_defect_is_told_with_those_there_are(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder 'crack': it holds hole"):
+    with pytest.raises(DataError, match="no folder 'crack': choose one of hole"):
         find_examples(data, TrainingOptions("crack"))
     with pytest.raises(DataError, match="not in MVTec layout"):
         find_examples(tmp_path, TrainingOptions("crack"))
@@ -277,7 +280,7 @@ def test_ctrl_c_ends_after_the_step(
 def test_another_run_is_not_continued(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"another rank \(4, not 8\): choose another folder"):
         train(data, undisturbed, **{**RUN, "rank": 8})
-    with pytest.raises(SettingsError, match="holds a run of 6 steps, more than the 5 asked for"):
+    with pytest.raises(SettingsError, match="holds a run of 6 steps, more than steps=5: choose"):
         train(data, undisturbed, **{**RUN, "steps": 5})
     other = write_data(tmp_path / "data", count=2)
     with pytest.raises(SettingsError, match="another data: choose"):
@@ -300,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 ) -> None:
     losses = _Run._losses
     monkeypatch.setattr(_Run, "_losses", lambda self, drawn: losses(self, drawn) / 0)
-    with pytest.raises(TrainingError, match="not finite at step 1: lower learning_rate"):
+    with pytest.raises(TrainingError, match="not finite at step 1: use a lower learning_rate"):
         train(data, tmp_path, steps=2)
     assert not (tmp_path / STATE).exists()
 
@@ -312,7 +315,7 @@ def test_out_of_memory_says_what_helps(
         raise torch.OutOfMemoryError("allocating")
 
     monkeypatch.setattr(_Run, "_losses", full)
-    with pytest.raises(TrainingError, match="out of memory: take a smaller batch"):
+    with pytest.raises(TrainingError, match="out of memory: use a smaller batch"):
         train(data, tmp_path, steps=1)
 
 

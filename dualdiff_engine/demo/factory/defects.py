@@ -20,9 +20,9 @@ from dualdiff_engine.demo.factory.fields import (
     blend,
     blurred,
     noise,
+    rotated,
     shifted,
     step,
-    turned,
 )
 from dualdiff_engine.demo.factory.parts import Scene
 
@@ -44,7 +44,7 @@ def _spot(rng: Generator, scene: Scene, margin: float) -> tuple[float, float]:
 
 def _blob(rng: Generator, center: tuple[float, float], radius: float, rough: float) -> Floats:
     """Signed distance in pixels, roughly, of an irregular blob: positive inside."""
-    x, y = turned(center, rng.uniform(0, np.pi))
+    x, y = rotated(center, rng.uniform(0, np.pi))
     stretch = rng.uniform(0.75, 1.3)
     distance = np.hypot(x * stretch, y / stretch)
     wobble = rough * radius * (0.28 * noise(rng, radius * 0.9) + 0.1 * noise(rng, radius * 0.35))

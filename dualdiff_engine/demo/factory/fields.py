@@ -25,8 +25,8 @@ def _pixels() -> tuple[Floats, Floats]:
     return (x + 0.5) / OVERSAMPLING, (y + 0.5) / OVERSAMPLING
 
 
-def turned(center: tuple[float, float], angle: float) -> tuple[Floats, Floats]:
-    """Coordinates [FINE, FINE] in pixels of the finished picture, about a center, turned."""
+def rotated(center: tuple[float, float], angle: float) -> tuple[Floats, Floats]:
+    """Coordinates [FINE, FINE] in pixels of the finished picture, around a center, rotated."""
     x, y = _pixels()
     x, y = x - center[0], y - center[1]
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))

@@ -16,9 +16,9 @@ from dualdiff_engine.demo.factory.fields import (
     blurred,
     noise,
     profile,
+    rotated,
     shifted,
     step,
-    turned,
 )
 
 Generator = np.random.Generator
@@ -56,7 +56,7 @@ def _lamp(rng: Generator) -> float:
 
 def _light(rng: Generator, toward: float) -> Floats:
     """A lamp at one side, its exposure, and the lens' darker corners."""
-    x, y = turned((SIZE / 2, SIZE / 2), toward)
+    x, y = rotated((SIZE / 2, SIZE / 2), toward)
     exposure, slope = rng.uniform(0.92, 1.06), rng.uniform(0.04, 0.16)
     distance = (x**2 + y**2) / SIZE**2
     return (exposure * (1 + slope * 2 * x / SIZE) * (1 - 0.18 * distance)).astype(np.float32)
@@ -81,7 +81,7 @@ def washer(rng: Generator) -> Scene:
     light = _light(rng, toward)
     mat = _pick(rng, _MATS) * (1 + 0.03 * noise(rng, 14, 2) + 0.02 * noise(rng, 1.5))[..., None]
 
-    x, y = turned(center, toward)
+    x, y = rotated(center, toward)
     radius = np.hypot(x, y)
     across = np.minimum(outer - radius, radius - inner).astype(np.float32)
     coverage = step(across)
@@ -110,7 +110,7 @@ def fabric(rng: Generator) -> Scene:
     toward = _lamp(rng)
     light = _light(rng, toward)
     pitch = rng.uniform(7.5, 9.5)
-    u, v = turned((rng.uniform(0, pitch) * 2, rng.uniform(0, pitch) * 2), rng.uniform(-0.2, 0.2))
+    u, v = rotated((rng.uniform(0, pitch) * 2, rng.uniform(0, pitch) * 2), rng.uniform(-0.2, 0.2))
     u = (u + 0.8 * noise(rng, 48)) / pitch
     v = (v + 0.8 * noise(rng, 48)) / pitch
     warp_on_top = (np.floor(u) + np.floor(v)) % 2 == 0
@@ -133,7 +133,7 @@ _BOARDS = ((0.66, 0.50, 0.34), (0.52, 0.42, 0.36))
 
 
 def _boards(rng: Generator) -> Floats:
-    u, v = turned((SIZE / 2, SIZE / 2), rng.uniform(-0.15, 0.15) + np.pi / 2 * rng.integers(2))
+    u, v = rotated((SIZE / 2, SIZE / 2), rng.uniform(-0.15, 0.15) + np.pi / 2 * rng.integers(2))
     v = v + 1.5 * noise(rng, 60)
     plank = (v + rng.uniform(0, 40)) / 40
     seam = step(0.035 - np.abs(plank - np.round(plank)), 0, 0.03)
@@ -148,7 +148,7 @@ def tile(rng: Generator) -> Scene:
     light = _light(rng, toward)
     center = (SIZE / 2 + rng.uniform(-5, 5), SIZE / 2 + rng.uniform(-5, 5))
     turn, half = rng.uniform(-0.2, 0.2), rng.uniform(43, 49)
-    x, y = turned(center, turn)
+    x, y = rotated(center, turn)
     round_off = 5.0
     corner = np.maximum(np.stack([np.abs(x), np.abs(y)]) - (half - round_off), 0)
     inside = np.minimum(half - np.maximum(np.abs(x), np.abs(y)), round_off)
@@ -170,7 +170,7 @@ def tile(rng: Generator) -> Scene:
     facing = along_x * np.sign(x) * np.cos(toward - turn)
     facing = facing + along_y * np.sign(y) * np.sin(toward - turn)
     color = color + (0.16 * facing * step(3.0 - across, 0, 1.5))[..., None]
-    gloss_x, gloss_y = turned((center[0], center[1]), toward)
+    gloss_x, gloss_y = rotated((center[0], center[1]), toward)
     gloss = np.exp(-(((gloss_x - rng.uniform(5, 25)) / 16) ** 2) - (gloss_y / 60) ** 2)
     color = color + (rng.uniform(0.05, 0.14) * gloss)[..., None]
 

@@ -76,9 +76,11 @@ def _generator(purpose: str, part: str, seed: int) -> np.random.Generator:
 
 def _require_known(part: str, defect: str | None) -> None:
     if part not in PARTS:
-        raise SettingsError(f"no part {part!r}: the factory makes {', '.join(PARTS)}")
+        raise SettingsError(f"no part {part!r}: choose one of {', '.join(PARTS)}")
     if defect is not None and defect not in DEFECTS[part]:
-        raise SettingsError(f"no {part}/{defect}: a {part} can have {', '.join(DEFECTS[part])}")
+        raise SettingsError(
+            f"no defect {defect!r} of {part}: choose one of {', '.join(DEFECTS[part])}"
+        )
 
 
 def _developed(color: Floats, camera: np.ndarray) -> Bytes:
@@ -113,7 +115,7 @@ def write_dataset(
         _require_known(part, defect)
     root = Path(root)
     if (root / "train").exists() or (root / "test").exists():
-        raise OutputError(f"{root} holds a data set: choose another folder")
+        raise OutputError(f"{root} already holds a data set: choose another folder")
     for n in range(good):
         product = make(part, seed=seed + n)
         _save(root / f"train/good/{n:03d}.png", product.image)
@@ -133,7 +135,9 @@ def _save(path: Path, pixels: Bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_png(pixels))
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}): choose another folder"
+        ) from error
 
 
 def encode_png(pixels: Bytes) -> bytes:

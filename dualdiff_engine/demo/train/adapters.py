@@ -1,7 +1,7 @@
 """Recipe of the demo adapters: `python -m dualdiff_engine.demo.train.adapters BASE OUTPUT`.
 
 Each learns from 8 defective pictures of the factory. Writes `OUTPUT/<part>-<defect>/` with the
-adapter and its training record; a folder that is finished is not made again.
+adapter and its training record; a finished folder is not trained again.
 """
 
 from __future__ import annotations

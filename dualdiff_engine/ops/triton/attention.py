@@ -8,6 +8,7 @@ two products give the scores, two give the output.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -15,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dualdiff_engine.ops import flops
-from dualdiff_engine.ops.triton import tuning
-from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
+from dualdiff_engine.ops.triton import listing, tuning
+from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation
+from dualdiff_engine.ops.triton.tuning import Config
 
 # of SD-1.5
 DIMS = (40, 80, 160)
@@ -31,19 +33,21 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _part(
-    rows_ptr,
+def _tile(
+    rows_ptr,  # [rows, D] of one head, rows `stride` apart
     stride,
     size,
     BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
     DIM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """(pointers, mask) of WIDTH columns from FIRST on; rows `size` and columns DIM bound them."""
+    """(pointers, mask) of BLOCK rows and some columns, PART = (first, how many).
+
+    The mask leaves out rows from `size` on, and columns from DIM on.
+    """
     offsets_m = tl.arange(0, BLOCK)[:, None]
-    offsets_d = FIRST + tl.arange(0, WIDTH)[None, :]
+    offsets_d = PART[0] + tl.arange(0, PART[1])[None, :]
     pointers = rows_ptr + offsets_m * stride + offsets_d
     # of strides the compiler is told nothing else
     if ALIGNED:
@@ -53,32 +57,48 @@ def _part(
 
 @triton.jit
 def _load(
-    rows_ptr,
+    rows_ptr,  # [rows, D] of one head, rows `stride` apart
     stride,
     size,
     BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
     DIM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """The values of `_part`, with zeros where it is masked."""
-    pointers, mask = _part(rows_ptr, stride, size, BLOCK, FIRST, WIDTH, DIM, ALIGNED)
+    """The values of `_tile`, with zeros where it is masked."""
+    pointers, mask = _tile(rows_ptr, stride, size, BLOCK, PART, DIM, ALIGNED)
     return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
+def _zeros(BLOCK: tl.constexpr, PART: tl.constexpr):
+    """[BLOCK, columns of the part] in fp32."""
+    # in a list, an element of a constexpr is no constexpr
+    columns: tl.constexpr = PART[1]
+    return tl.zeros([BLOCK, columns], tl.float32)
+
+
+@triton.jit
+def _online_softmax_update(scores, scale, running_max, running_sum):
+    """(weights, alpha, running_max, running_sum) once a block of scores [M, N] has joined.
+
+    In base 2: running_max = max s · scale, running_sum = sum 2^(s · scale - running_max).
+    weights [M, N] are the terms of that sum for this block, alpha [M] is what earlier ones are
+    multiplied by, now that the maximum has grown.
+    """
+    new_max = tl.maximum(running_max, tl.max(scores, 1) * scale)
+    alpha = tl.exp2(running_max - new_max)
+    # one multiply-add per score
+    weights = tl.exp2(scores * scale - new_max[:, None])
+    return weights, alpha, new_max, running_sum * alpha + tl.sum(weights, 1)
+
+
+@triton.jit
 def _attend(
-    query_0,
-    query_1,
-    out_0,
-    out_1,
-    total,
-    peak,
-    key_ptr,
-    value_ptr,
-    stride_key,
-    stride_value,
+    state,  # (accumulators, running_max [M], running_sum [M])
+    queries,  # ([M, FIRST], [M, SECOND]) or the first alone, as accumulators
+    source,  # (keys, values): pointers to [length, D]
+    strides,  # of keys and of values, between rows
     length,
     scale,
     BLOCK_N: tl.constexpr,
@@ -88,57 +108,58 @@ def _attend(
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Join `length` keys and values to a running softmax.
+    """The state once `length` keys and values have joined.
 
-    For scores s of a query so far, in base 2: peak = max s, total = sum 2^(s - peak),
-    out = sum 2^(s - peak) v, whose columns are in two parts, as the query's.
+    accumulators = sum 2^(s - running_max) v over keys so far, s their scores · scale.
     """
+    accumulators, running_max, running_sum = state
+    key_ptr, value_ptr = source
+    stride_key, stride_value = strides
     for start in range(0, length, BLOCK_N):
-        left = BLOCK_N if EVEN else length - start
-        key_0 = _load(key_ptr, stride_key, left, BLOCK_N, 0, FIRST, DIM, ALIGNED)
-        score = tl.dot(query_0, tl.trans(key_0), input_precision="ieee")
-        if SECOND > 0:
-            key_1 = _load(key_ptr, stride_key, left, BLOCK_N, FIRST, SECOND, DIM, ALIGNED)
-            score = tl.dot(query_1, tl.trans(key_1), score, input_precision="ieee")
+        remaining = BLOCK_N if EVEN else length - start
+        key_0 = _load(key_ptr, stride_key, remaining, BLOCK_N, FIRST, DIM, ALIGNED)
+        scores = tl.dot(queries[0], tl.trans(key_0), input_precision="ieee")
+        if SECOND is not None:
+            key_1 = _load(key_ptr, stride_key, remaining, BLOCK_N, SECOND, DIM, ALIGNED)
+            scores = tl.dot(queries[1], tl.trans(key_1), scores, input_precision="ieee")
         if not EVEN:
-            score = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1) * scale)
-        fade = tl.exp2(peak - new_peak)
-        # one multiply-add per score
-        weight = tl.exp2(score * scale - new_peak[:, None])
-        total = total * fade + tl.sum(weight, 1)
-        peak = new_peak
-        value_0 = _load(value_ptr, stride_value, left, BLOCK_N, 0, FIRST, DIM, ALIGNED)
-        weight = weight.to(value_0.dtype)
-        out_0 = tl.dot(weight, value_0, out_0 * fade[:, None], input_precision="ieee")
-        if SECOND > 0:
-            value_1 = _load(value_ptr, stride_value, left, BLOCK_N, FIRST, SECOND, DIM, ALIGNED)
-            out_1 = tl.dot(weight, value_1, out_1 * fade[:, None], input_precision="ieee")
+            valid = tl.arange(0, BLOCK_N)[None, :] < remaining
+            scores = tl.where(valid, scores, float("-inf"))
+        weights, alpha, running_max, running_sum = _online_softmax_update(
+            scores, scale, running_max, running_sum
+        )
+        value_0 = _load(value_ptr, stride_value, remaining, BLOCK_N, FIRST, DIM, ALIGNED)
+        weights = weights.to(value_0.dtype)
+        faded = accumulators[0] * alpha[:, None]
+        part_0 = tl.dot(weights, value_0, faded, input_precision="ieee")
+        if SECOND is not None:
+            value_1 = _load(value_ptr, stride_value, remaining, BLOCK_N, SECOND, DIM, ALIGNED)
+            faded = accumulators[1] * alpha[:, None]
+            accumulators = (part_0, tl.dot(weights, value_1, faded, input_precision="ieee"))
+        else:
+            accumulators = (part_0,)
         # pointers advance rather than offsets grow: a row may lie beyond 2^31 elements
         key_ptr += BLOCK_N * stride_key
         value_ptr += BLOCK_N * stride_value
-    return out_0, out_1, total, peak
+    return accumulators, running_max, running_sum
 
 
-# all integers: ALIGNED says what matters of them, so that no size asks for another compilation
+# all integers: ALIGNED says what matters of them, so that no size asks for another compilation.
+# strides are scalars here and tuples inside: Triton specialises what is in a tuple all the same
 @triton.jit(do_not_specialize=range(6, 20))
 def _attention_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    more_key_ptr,
-    more_value_ptr,
-    out_ptr,
-    stride_query_n,
-    stride_query_s,
-    stride_key_n,
-    stride_key_s,
-    stride_value_n,
-    stride_value_s,
-    stride_more_key_n,
-    stride_more_key_s,
-    stride_more_value_n,
-    stride_more_value_s,
+    query_ptr,  # [N, S, H·D]
+    key_ptr,  # [N, L, H·D]
+    value_ptr,  # [N, L, H·D]
+    more_key_ptr,  # [N, L', H·D]
+    more_value_ptr,  # [N, L', H·D]
+    out_ptr,  # [N, S, H·D], contiguous
+    # in elements, along N and along S, L or L'
+    stride_query_n, stride_query_s,
+    stride_key_n, stride_key_s,
+    stride_value_n, stride_value_s,
+    stride_more_key_n, stride_more_key_s,
+    stride_more_value_n, stride_more_value_s,
     num_heads,
     positions,
     length,
@@ -152,50 +173,59 @@ def _attention_kernel(
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     JOINED: tl.constexpr,
-):
-    """BLOCK_M queries of one head; grid (query blocks · heads, N), heads fastest.
+):  # fmt: skip
+    """BLOCK_M queries of one head; S positions, L length, L' more_length, H num_heads, D = DIM.
 
-    A head's columns of a row are 80 bytes at D = 40: neighbours share sectors of memory, so all
-    heads of a block are read and written close in time.
+    Grid (query blocks · heads, N), heads fastest: a head's columns of a row are 80 bytes at D = 40
+    and neighbours share sectors of memory, so all heads of a block are read and written close in
+    time.
     """
     head = tl.program_id(0) % num_heads
     start = tl.program_id(0) // num_heads * BLOCK_M
     row = tl.program_id(1).to(tl.int64)
-    left = positions - start
+    remaining = positions - start
     column = head * DIM
     query_ptr += row * stride_query_n + start.to(tl.int64) * stride_query_s + column
-    query_0 = _load(query_ptr, stride_query_s, left, BLOCK_M, 0, FIRST, DIM, ALIGNED)
-    out_0 = tl.zeros([BLOCK_M, FIRST], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    # without a second part its names stand for the first and are not used
-    query_1, out_1 = query_0, out_0
-    if SECOND > 0:
-        query_1 = _load(query_ptr, stride_query_s, left, BLOCK_M, FIRST, SECOND, DIM, ALIGNED)
-        out_1 = tl.zeros([BLOCK_M, SECOND], tl.float32)
-    key_ptr += row * stride_key_n + column
-    value_ptr += row * stride_value_n + column
-    out_0, out_1, total, peak = _attend(
-        query_0, query_1, out_0, out_1, total, peak,
-        key_ptr, value_ptr, stride_key_s, stride_value_s, length, scale,
+    query_0 = _load(query_ptr, stride_query_s, remaining, BLOCK_M, FIRST, DIM, ALIGNED)
+    queries = (
+        (query_0, _load(query_ptr, stride_query_s, remaining, BLOCK_M, SECOND, DIM, ALIGNED))
+        if SECOND is not None
+        else (query_0,)
+    )
+    zeros_0 = _zeros(BLOCK_M, FIRST)
+    accumulators = (zeros_0, _zeros(BLOCK_M, SECOND)) if SECOND is not None else (zeros_0,)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    source = (
+        key_ptr + (row * stride_key_n + column),
+        value_ptr + (row * stride_value_n + column),
+    )
+    state = _attend(
+        (accumulators, running_max, running_sum), queries,
+        source, (stride_key_s, stride_value_s), length, scale,
         BLOCK_N, FIRST, SECOND, DIM, ALIGNED, EVEN,
     )  # fmt: skip
     if JOINED:
-        more_key_ptr += row * stride_more_key_n + column
-        more_value_ptr += row * stride_more_value_n + column
-        out_0, out_1, total, peak = _attend(
-            query_0, query_1, out_0, out_1, total, peak,
-            more_key_ptr, more_value_ptr, stride_more_key_s, stride_more_value_s, more_length,
-            scale, BLOCK_N, FIRST, SECOND, DIM, ALIGNED, EVEN,
+        source = (
+            more_key_ptr + (row * stride_more_key_n + column),
+            more_value_ptr + (row * stride_more_value_n + column),
+        )
+        state = _attend(
+            state, queries,
+            source, (stride_more_key_s, stride_more_value_s), more_length, scale,
+            BLOCK_N, FIRST, SECOND, DIM, ALIGNED, EVEN,
         )  # fmt: skip
-    share = (1.0 / total)[:, None]
+    accumulators, running_max, running_sum = state
+    normalizer = (1.0 / running_sum)[:, None]
     stride_out = num_heads * DIM
     out_ptr += (row * positions + start) * stride_out + column
-    pointers, mask = _part(out_ptr, stride_out, left, BLOCK_M, 0, FIRST, DIM, ALIGNED)
-    tl.store(pointers, (out_0 * share).to(out_ptr.dtype.element_ty), mask=mask)
-    if SECOND > 0:
-        pointers, mask = _part(out_ptr, stride_out, left, BLOCK_M, FIRST, SECOND, DIM, ALIGNED)
-        tl.store(pointers, (out_1 * share).to(out_ptr.dtype.element_ty), mask=mask)
+    pointers, mask = _tile(out_ptr, stride_out, remaining, BLOCK_M, FIRST, DIM, ALIGNED)
+    out = (accumulators[0] * normalizer).to(out_ptr.dtype.element_ty)
+    tl.store(pointers, out, mask=mask)
+    if SECOND is not None:
+        pointers, mask = _tile(out_ptr, stride_out, remaining, BLOCK_M, SECOND, DIM, ALIGNED)
+        out = (accumulators[1] * normalizer).to(out_ptr.dtype.element_ty)
+        tl.store(pointers, out, mask=mask)
 
 
 def split(dim: int) -> tuple[int, int]:
@@ -208,8 +238,7 @@ def split(dim: int) -> tuple[int, int]:
 
 def shape_class(dim: int, dtype: torch.dtype, keys: int) -> str:
     """The row of a tuning table; keys of both sources."""
-    kind = str(dtype).removeprefix("torch.")
-    return tuning.key(D=dim, dtype=kind, few_keys=keys <= FEW_KEYS)
+    return tuning.key(D=dim, dtype=dtype, few_keys=keys <= FEW_KEYS)
 
 
 def attention_config(queries: int, keys: int, num_warps: int, num_stages: int) -> Config:
@@ -229,16 +258,22 @@ def default_config(dim: int, dtype: torch.dtype, keys: int) -> Config:
 
 
 def candidates(dim: int, dtype: torch.dtype, keys: int) -> list[Config]:
-    """What is worth measuring; the largest do not fit every architecture."""
+    """What is worth measuring, at most 8; the largest do not fit every architecture."""
     narrow = dim <= 80
+    # queries, keys, warps, stages
     if dtype == torch.float32:
-        tiles = [(16, 16, 4), (32, 16, 8)] + [(64, 16, 8), (64, 32, 8)] * narrow
+        tiles = [(16, 16, 4, 2), (16, 16, 4, 3), (32, 16, 8, 2), (32, 16, 8, 3)]
+        tiles += [(64, 16, 8, 2), (64, 16, 8, 3), (64, 32, 8, 2), (64, 32, 8, 3)] * narrow
     elif keys <= FEW_KEYS:
-        tiles = [(64, 32, 4), (128, 16, 8), (128, 32, 8)] + [(64, 128, 4), (128, 32, 4)] * narrow
+        tiles = [(64, 32, 4, 2), (64, 32, 4, 3), (128, 16, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3)]
+        tiles += [(64, 128, 4, 2), (128, 32, 4, 2), (128, 32, 4, 3)] * narrow
+    elif narrow:
+        tiles = [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
+        tiles += [(128, 128, 8, 2), (128, 128, 8, 3), (256, 64, 8, 2), (256, 64, 8, 3)]
     else:
-        tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
-        tiles += [(128, 64, 4), (128, 128, 8), (256, 64, 8)] * narrow
-    return [attention_config(*tile, stages) for tile in tiles for stages in (2, 3)]
+        tiles = [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3)]
+        tiles += [(128, 64, 8, 2), (128, 64, 8, 3)]
+    return [attention_config(*tile) for tile in tiles]
 
 
 def _check(query: Tensor, num_heads: int, sources: list[tuple[Tensor, Tensor]]) -> None:
@@ -273,13 +308,12 @@ def _aligned(dim: int, *tensors: Tensor) -> bool:
     )
 
 
-def _constants(dim: int, config: Config, lengths: list[int], aligned: bool) -> dict[str, int]:
-    """The kernel's compile-time arguments; lengths of one or two sources."""
+def _constants(dim: int, config: Config, lengths: list[int], aligned: bool) -> dict[str, Any]:
+    """The kernel's compile-time arguments, without blocks; lengths of one or two sources."""
     first, second = split(dim)
     return {
-        **config.blocks,
-        "FIRST": first,
-        "SECOND": second,
+        "FIRST": (0, first),
+        "SECOND": (first, second) if second else None,
         "DIM": dim,
         "ALIGNED": aligned,
         "EVEN": all(length % config.blocks["BLOCK_N"] == 0 for length in lengths),
@@ -327,7 +361,7 @@ def attention(
         *inputs, out,
         *(step for x in inputs for step in x.stride()[:2]),
         num_heads, positions, lengths[0], lengths[-1], LOG2_E / math.sqrt(dim),
-        **{**constants, **config.arguments},
+        **constants, **config.arguments,
     )  # fmt: skip
     return out
 
@@ -340,33 +374,25 @@ def _(query: Tensor, *_: object) -> Tensor:
 flops.register("attention", "attention")
 
 
-def _compilation(dtype: torch.dtype, dim: int, name: str, *lengths: int) -> Compilation:
-    """One launch; lengths of one or two sources."""
-    kind, config = TRITON_TYPES[dtype], default_config(dim, dtype, sum(lengths))
-    constants = _constants(dim, config, list(lengths), aligned=True)
-    arguments = _attention_kernel.arg_names
-    types = {argument: f"*{kind}" for argument in arguments if argument.endswith("_ptr")}
-    types |= {"scale": "fp32", **dict.fromkeys(constants, "constexpr")}
-    return Compilation(
-        name=f"attention {kind} D={dim} {name}",
-        kernel=_attention_kernel,
-        signature={argument: types.get(argument, "i32") for argument in arguments},
-        constants=constants,
-        config=config,
-        tensor_cores=kind != "fp32",
-    )
+# lengths of one or two sources; an odd second one asks for most registers
+SOURCES = {"self": [4096], "text": [77], "joined": [4096, 4095]}
 
 
-def compilations() -> list[Compilation]:
-    """Every default at the head dimensions of SD-1.5, with and without what the flags leave out."""
-    return [
-        _compilation(dtype, dim, name, *lengths)
-        for dtype in TRITON_TYPES
-        for dim in DIMS
-        for name, lengths in (
-            ("self", (4096,)),
-            ("text", (77,)),
-            # an odd second source asks for most registers
-            ("joined", (4096, 4095)),
-        )
-    ]
+def compilations(every_candidate: bool = False) -> list[Compilation]:
+    """Every default at the head dimensions of SD-1.5, with and without what the flags leave out.
+
+    With every_candidate, what tuning may choose as well.
+    """
+    launches = [(dtype, dim, name) for dtype in TRITON_TYPES for dim in DIMS for name in SOURCES]
+    listed = []
+    for dtype, dim, name in launches:
+        shape = (dim, dtype, sum(SOURCES[name]))
+        choices = listing.configs(default_config(*shape), candidates(*shape), every_candidate)
+        listed += [
+            listing.compilation(
+                "attention", f"D={dim} {name}", _attention_kernel, dtype, config,
+                _constants(dim, config, SOURCES[name], aligned=True),
+            )
+            for config in choices
+        ]  # fmt: skip
+    return listed

@@ -1,6 +1,6 @@
-"""Matrix products, one weight per branch, in one launch; what is added rides on the way out.
+"""Matrix products, one weight per branch, in one launch; whatever is added joins before the store.
 
-The pieces that other kernels with a product are made of are here too.
+The parts that other kernels with a product use are here too.
 """
 
 from __future__ import annotations
@@ -11,129 +11,129 @@ import triton.language as tl
 from torch import Tensor
 
 from dualdiff_engine.ops import flops
-from dualdiff_engine.ops.triton import tuning
-from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
+from dualdiff_engine.ops.triton import listing, tuning
+from dualdiff_engine.ops.triton.listing import HALVES, Compilation
+from dualdiff_engine.ops.triton.tuning import Config
 
 # row tiles that walk all column tiles together: what they read stays in the L2 cache
-GROUP = 8
+GROUP_M = 8
 # tiles that give every multiprocessor of a large GPU something to do
 BUSY = 128
 
 
 @triton.jit
 def tile_of_program(
-    rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+    rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
 ):
     """(row tile, column tile) of this program; groups of row tiles one after the other."""
     program = tl.program_id(0)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(columns, BLOCK_N)
-    first = program // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    within = program % (GROUP * tiles_n)
-    return first + within % height, within // height
+    first_m = program // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    return first_m + within % height, within // height
 
 
 @triton.jit
 def add_products(
-    sums,
-    left_ptr,
-    right_ptr,
-    left_rows,
-    right_rows,
-    STRIDE_LEFT: tl.constexpr,
+    accumulator,  # [BLOCK_M, BLOCK_N] fp32
+    input_ptr,  # [.., C], row STRIDE_INPUT apart
+    weight_ptr,  # [.., C]
+    input_rows,
+    weight_rows,
+    STRIDE_INPUT: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """sums [BLOCK_M, BLOCK_N] and the products of every left with every right row over CHANNELS.
+    """accumulator + the products of every input row with every weight row over CHANNELS.
 
-    left_rows [BLOCK_M] and right_rows [BLOCK_N] name rows that exist, counted from the pointers;
-    right rows are contiguous.
+    input_rows [BLOCK_M] and weight_rows [BLOCK_N] name rows that exist, counted from the pointers.
     """
     offsets_k = tl.arange(0, BLOCK_K)
     # 32-bit offsets from a tile's first row: half the registers of pointers
-    left = left_rows[:, None] * STRIDE_LEFT + offsets_k[None, :]
-    right = right_rows[None, :] * CHANNELS + offsets_k[:, None]
+    offsets_x = input_rows[:, None] * STRIDE_INPUT + offsets_k[None, :]
+    offsets_w = weight_rows[None, :] * CHANNELS + offsets_k[:, None]
     for start in range(0, CHANNELS, BLOCK_K):
         if CHANNELS % BLOCK_K == 0:
-            x, w = tl.load(left_ptr + left), tl.load(right_ptr + right)
+            x, w = tl.load(input_ptr + offsets_x), tl.load(weight_ptr + offsets_w)
         else:
             mask = start + offsets_k < CHANNELS
-            x = tl.load(left_ptr + left, mask=mask[None, :], other=0.0)
-            w = tl.load(right_ptr + right, mask=mask[:, None], other=0.0)
-        sums = tl.dot(x, w, sums, input_precision="ieee")
-        left += BLOCK_K
-        right += BLOCK_K
-    return sums
+            x = tl.load(input_ptr + offsets_x, mask=mask[None, :], other=0.0)
+            w = tl.load(weight_ptr + offsets_w, mask=mask[:, None], other=0.0)
+        accumulator = tl.dot(x, w, accumulator, input_precision="ieee")
+        offsets_x += BLOCK_K
+        offsets_w += BLOCK_K
+    return accumulator
 
 
-@triton.jit(do_not_specialize=["rows", "positions", "shared_rows"])
+@triton.jit(do_not_specialize=["rows", "positions", "rows_per_background"])
 def _branch_linear_kernel(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
-    residual_ptr,
-    share_ptr,
-    keep_ptr,
-    out_ptr,
+    input_ptr,  # [F, rows, C], rows STRIDE_INPUT apart
+    weight_ptr,  # [F, D, C]
+    bias_ptr,  # [D] or None
+    residual_ptr,  # [F, rows, D] or None
+    background_kv_ptr,  # [R, positions, E] or None
+    keep_ptr,  # [1] or None
+    out_ptr,  # [F, rows, D]
     rows,
     positions,
-    shared_rows,
+    rows_per_background,
     STRIDE_INPUT: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    SHARED: tl.constexpr,
+    KV_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
-    """One tile of out [F, rows, COLUMNS]; grid (tiles, F).
+    """One tile of a branch's output; C = CHANNELS, D = COLUMNS, E = KV_COLUMNS; grid (tiles, F).
 
-    share [R, positions, SHARED] joins the last SHARED columns of branch 0, where shared_rows
-    consecutive rows, B times all positions, have one share.
+    background_kv joins the last E columns of branch 0, where rows_per_background consecutive
+    rows, B times all positions, have the same one.
     """
     branch = tl.program_id(1).to(tl.int64)
-    tile_m, tile_n = tile_of_program(rows, COLUMNS, BLOCK_M, BLOCK_N, GROUP)
+    tile_m, tile_n = tile_of_program(rows, COLUMNS, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     within_m, within_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     # over the edge the last row is read again: what comes of it is not stored
-    left_rows = tl.minimum(within_m, rows - 1 - first_m)
-    right_rows = tl.minimum(within_n, COLUMNS - 1 - first_n)
-    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # the bias comes first: at the end it would take registers from residual and share
+    input_rows = tl.minimum(within_m, rows - 1 - first_m)
+    weight_rows = tl.minimum(within_n, COLUMNS - 1 - first_n)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # the bias comes first: at the end it would take registers from residual and background
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + first_n + right_rows).to(tl.float32)[None, :]
-    out = add_products(
-        out,
+        accumulator += tl.load(bias_ptr + first_n + weight_rows).to(tl.float32)[None, :]
+    accumulator = add_products(
+        accumulator,
         input_ptr + (branch * rows + first_m) * STRIDE_INPUT,
         weight_ptr + (branch * COLUMNS + first_n) * CHANNELS,
-        left_rows, right_rows, STRIDE_INPUT, CHANNELS, BLOCK_K,
+        input_rows, weight_rows, STRIDE_INPUT, CHANNELS, BLOCK_K,
     )  # fmt: skip
     offsets_m, offsets_n = first_m + within_m, first_n + within_n
     mask = (offsets_m < rows)[:, None] & (offsets_n < COLUMNS)[None, :]
     corner = (branch * rows + first_m) * COLUMNS + first_n
     tile = within_m[:, None] * COLUMNS + within_n[None, :]
     if residual_ptr is not None:
-        out += tl.load(residual_ptr + corner + tile, mask=mask).to(tl.float32)
-    if share_ptr is not None:
-        joined = mask & (branch == 0) & (offsets_n >= COLUMNS - SHARED)[None, :]
-        share_rows = offsets_m // shared_rows * positions + offsets_m % positions
-        share = share_ptr + share_rows.to(tl.int64)[:, None] * SHARED
-        share += offsets_n - (COLUMNS - SHARED)
-        share = tl.load(share, mask=joined).to(tl.float32)
-        out = tl.where(joined, tl.load(keep_ptr).to(tl.float32) * out + share, out)
-    tl.store(out_ptr + corner + tile, out.to(out_ptr.dtype.element_ty), mask=mask)
+        accumulator += tl.load(residual_ptr + corner + tile, mask=mask).to(tl.float32)
+    if background_kv_ptr is not None:
+        joined = mask & (branch == 0) & (offsets_n >= COLUMNS - KV_COLUMNS)[None, :]
+        kv_rows = offsets_m // rows_per_background * positions + offsets_m % positions
+        kv_tile = background_kv_ptr + kv_rows.to(tl.int64)[:, None] * KV_COLUMNS
+        kv_tile += offsets_n - (COLUMNS - KV_COLUMNS)
+        background_kv = tl.load(kv_tile, mask=joined).to(tl.float32)
+        keep = tl.load(keep_ptr).to(tl.float32)
+        accumulator = tl.where(joined, keep * accumulator + background_kv, accumulator)
+    tl.store(out_ptr + corner + tile, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def shape_class(rows: int, columns: int, channels: int, dtype: torch.dtype) -> str:
     """The row of a tuning table; rows, of all branches, are rounded up to a power of two."""
-    kind = str(dtype).removeprefix("torch.")
-    return tuning.key(M=triton.next_power_of_2(rows), D=columns, C=channels, dtype=kind)
+    return tuning.key(M=triton.next_power_of_2(rows), D=columns, C=channels, dtype=dtype)
 
 
 def product_config(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> Config:
-    blocks = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "GROUP": GROUP}
+    blocks = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth, "GROUP_M": GROUP_M}
     return Config(blocks, num_warps, num_stages)
 
 
@@ -152,13 +152,23 @@ def default_config(rows: int, columns: int, dtype: torch.dtype) -> Config:
     return product_config(128, 128, 32, num_warps=8, num_stages=4)
 
 
-def candidates(dtype: torch.dtype) -> list[Config]:
-    """What is worth measuring for any shape; the largest do not fit every architecture."""
+def candidates(rows: int, columns: int, dtype: torch.dtype) -> list[Config]:
+    """What is worth measuring, at most 8; the largest do not fit every architecture."""
     if dtype == torch.float32:
         return [
             product_config(64, 64, 16, 4, 3),
             product_config(64, 64, 32, 8, 2),
             product_config(128, 64, 16, 8, 3),
+        ]
+    if triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < BUSY:
+        return [
+            product_config(128, 64, 64, 4, 3),
+            product_config(64, 128, 64, 8, 3),
+            product_config(64, 64, 64, 4, 4),
+            product_config(64, 64, 64, 8, 4),
+            product_config(64, 64, 128, 4, 3),
+            product_config(64, 32, 64, 4, 4),
+            product_config(64, 32, 128, 4, 3),
         ]
     return [
         product_config(128, 256, 64, 8, 3),
@@ -169,12 +179,6 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         product_config(256, 64, 64, 8, 3),
         product_config(128, 64, 64, 4, 3),
         product_config(64, 128, 64, 4, 3),
-        product_config(64, 128, 64, 8, 3),
-        product_config(64, 64, 64, 4, 4),
-        product_config(64, 64, 64, 8, 4),
-        product_config(64, 64, 128, 4, 3),
-        product_config(64, 32, 64, 4, 4),
-        product_config(64, 32, 128, 4, 3),
     ]
 
 
@@ -191,22 +195,32 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def _constants(columns: int, channels: int, stride: int, kv_columns: int) -> dict[str, int]:
+    """The kernel's compile-time arguments, without blocks."""
+    return {
+        "STRIDE_INPUT": stride,
+        "COLUMNS": columns,
+        "CHANNELS": channels,
+        "KV_COLUMNS": kv_columns,
+    }
+
+
 def _launch(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    share: Tensor | None = None,
+    background_kv: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
     """input [F, ..., C], or [..., C] where F = 1, and weight [F, D, C] -> [..., D]."""
     branches, columns, channels = weight.shape
     out = input.new_empty(*input.shape[:-1], columns)
-    left = as_rows(input)
+    x = as_rows(input)
     residual = None if residual is None else residual.contiguous()
-    share = None if share is None else share.contiguous()
-    groups, positions, shared = (1, 1, 0) if share is None else share.shape
-    rows, dtype = left.shape[0], input.dtype
+    background_kv = None if background_kv is None else background_kv.contiguous()
+    guided, positions, kv_columns = (1, 1, 0) if background_kv is None else background_kv.shape
+    rows, dtype = x.shape[0], input.dtype
     config = tuning.choose(
         "branch_linear",
         shape_class(rows, columns, channels, dtype),
@@ -217,11 +231,8 @@ def _launch(
     blocks = config.blocks
     tiles = triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(columns, blocks["BLOCK_N"])
     _branch_linear_kernel[tiles, branches](
-        left, weight, bias, residual, share, keep, out, rows, positions, rows // groups,
-        STRIDE_INPUT=left.stride(0),
-        COLUMNS=columns,
-        CHANNELS=channels,
-        SHARED=shared,
+        x, weight, bias, residual, background_kv, keep, out, rows, positions, rows // guided,
+        **_constants(columns, channels, x.stride(0), kv_columns),
         **config.arguments,
     )  # fmt: skip
     return out
@@ -254,23 +265,23 @@ def branch_linear(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    share: Tensor | None = None,
+    background_kv: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """y_f = x_f W_fᵀ + b; the last E columns of branch 0 become keep · y_0 + share; rounded once.
+    """y_f = x_f W_fᵀ + b, whose last E columns become keep · y_0 + background_kv in branch 0.
 
-    input [F, ..., C] of F·M rows, weight [F, D, C] contiguous, bias [D], share [R, S, E] of the
-    rows M = R·B·S of a branch, keep [1] -> [F, ..., D] contiguous. Rows of input may be strided,
-    as in `linear`. Sums in fp32. Raises ValueError on other shapes.
+    input [F, ..., C] of F·M rows, weight [F, D, C] contiguous, bias [D], background_kv [R, S, E]
+    for the rows M = R·B·S of a branch, keep [1] -> [F, ..., D] contiguous. Rows of input may be
+    strided, as in `linear`. Sums in fp32, rounded once. Raises ValueError on other shapes.
     """
     columns = weight.shape[-2]
     rows = input.shape[1:-1].numel()
-    fits = share is None and keep is None
-    if share is not None and keep is not None:
+    fits = background_kv is None and keep is None
+    if background_kv is not None and keep is not None:
         fits = (
-            share.dim() == 3
-            and rows % share.shape[:2].numel() == 0
-            and share.shape[2] <= columns
+            background_kv.dim() == 3
+            and rows % background_kv.shape[:2].numel() == 0
+            and background_kv.shape[2] <= columns
             and keep.shape == (1,)
         )
     require(
@@ -279,10 +290,10 @@ def branch_linear(
         and weight.is_contiguous()
         and (bias is None or bias.shape == (columns,)),
         "branch_linear takes input [F, M, C], contiguous weight [F, D, C], bias [D], "
-        "and of M = R·B·S rows share [R, S, E <= D] with keep [1]",
-        input, weight, bias, share, keep,
+        "and of M = R·B·S rows background_kv [R, S, E <= D] with keep [1]",
+        input, weight, bias, background_kv, keep,
     )  # fmt: skip
-    return _launch(input, weight, bias, None, share, keep)
+    return _launch(input, weight, bias, None, background_kv, keep)
 
 
 @linear.register_fake
@@ -295,57 +306,55 @@ flops.register("linear", "linear")
 flops.register("branch_linear", "branch_linear")
 
 
-def _compilation(
-    dtype: torch.dtype, rows: int, columns: int, channels: int, *parts: str, shared: int = 0
-) -> Compilation:
-    """One launch at `rows` of all branches; parts: which of the optional tensors it has."""
-    given = {f"{part}_ptr" for part in ("input", "weight", "out", *parts)}
-    arguments = _branch_linear_kernel.arg_names
-    kind, config = TRITON_TYPES[dtype], default_config(rows, columns, dtype)
-    absent = {name: None for name in arguments if name.endswith("_ptr") and name not in given}
-    constants = {
-        **absent,
-        **config.blocks,
-        "STRIDE_INPUT": channels,
-        "COLUMNS": columns,
-        "CHANNELS": channels,
-        "SHARED": shared,
-    }
-    signature = {
-        name: "constexpr" if name in constants else f"*{kind}" if name in given else "i32"
-        for name in arguments
-    }
-    return Compilation(
-        name=f"branch_linear {kind} M={rows} C={channels} D={columns} {'+'.join(parts)}".rstrip(),
-        kernel=_branch_linear_kernel,
-        signature=signature,
-        constants=constants,
-        config=config,
-        tensor_cores=kind != "fp32",
-    )
+# what a launch may lack
+OPTIONAL = ("bias", "residual", "background_kv", "keep")
+# rows of both branches at batch 32 and resolution 512, channels
+BATCH = ((524288, 320), (131072, 640), (32768, 1280))
 
 
-def compilations() -> list[Compilation]:
-    """Every default at SD-1.5 shapes: batch 32, and what few rows take at batch 1."""
-    listed = []
-    for dtype in (torch.float16, torch.bfloat16):
-        for rows, width in ((524288, 320), (131072, 640), (32768, 1280)):
-            listed += [
-                _compilation(dtype, rows, 3 * width, width),
-                _compilation(dtype, rows, 3 * width, width, "share", "keep", shared=2 * width),
-                _compilation(dtype, rows, width, width),
-                _compilation(dtype, rows, width, width, "bias"),
-                _compilation(dtype, rows, width, width, "bias", "residual"),
-                _compilation(dtype, rows, width, 4 * width, "bias", "residual"),
-            ]
-        listed += [
-            _compilation(dtype, 256, 1280, 5120, "bias", "residual"),
-            _compilation(dtype, 1024, 1280, 1280, "bias"),
-            # keys and values of two prompts of 77 tokens in two branches
-            _compilation(dtype, 308, 640, 768),
-            _compilation(dtype, 308, 2560, 768),
+def _launches(dtype: torch.dtype) -> list[tuple[int, int, int, tuple[str, ...]]]:
+    """(rows of all branches, columns, channels, optional tensors given) of SD-1.5's products."""
+    if dtype == torch.float32:
+        return [(32768, 3840, 1280, OPTIONAL[2:]), (32768, 1280, 5120, OPTIONAL[:2])]
+    launches = []
+    for rows, width in BATCH:
+        launches += [
+            (rows, 3 * width, width, ()),
+            (rows, 3 * width, width, OPTIONAL[2:]),
+            (rows, width, width, ()),
+            (rows, width, width, OPTIONAL[:1]),
+            (rows, width, width, OPTIONAL[:2]),
+            (rows, width, 4 * width, OPTIONAL[:2]),
         ]
-    single = torch.float32
-    listed.append(_compilation(single, 32768, 3840, 1280, "share", "keep", shared=2560))
-    listed.append(_compilation(single, 32768, 1280, 5120, "bias", "residual"))
+    # what few rows take at batch 1
+    return [
+        *launches,
+        (256, 1280, 5120, OPTIONAL[:2]),
+        (1024, 1280, 1280, OPTIONAL[:1]),
+        # keys and values of two prompts of 77 tokens in two branches
+        (308, 640, 768, ()),
+        (308, 2560, 768, ()),
+    ]
+
+
+def compilations(every_candidate: bool = False) -> list[Compilation]:
+    """Every default at SD-1.5 shapes; with every_candidate what tuning may choose as well."""
+    listed = []
+    for dtype in (*HALVES, torch.float32):
+        for rows, columns, channels, given in _launches(dtype):
+            shape = (rows, columns, dtype)
+            choices = listing.configs(default_config(*shape), candidates(*shape), every_candidate)
+            # keys and values are two thirds of a packed projection
+            kv_columns = 2 * columns // 3 if "background_kv" in given else 0
+            constants = {
+                **{f"{name}_ptr": None for name in OPTIONAL if name not in given},
+                **_constants(columns, channels, channels, kv_columns),
+            }
+            listed += [
+                listing.compilation(
+                    "branch_linear", f"M={rows} C={channels} D={columns} {'+'.join(given)}",
+                    _branch_linear_kernel, dtype, config, constants,
+                )
+                for config in choices
+            ]  # fmt: skip
     return listed

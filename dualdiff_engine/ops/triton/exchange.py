@@ -73,7 +73,8 @@ def _weight_tile(
     return tl.load(weight_ptr + rows * CHANNELS + columns, mask=mask, other=0.0)
 
 
-@triton.jit
+# a count of 1 would become a constant, which has no `to`
+@triton.jit(do_not_specialize=["positions"])
 def _exchange_kernel(
     input_ptr,  # [2, positions, C]
     gate_weight_ptr,  # [C, C]

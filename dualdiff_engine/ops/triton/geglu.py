@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dualdiff_engine.ops import flops
-from dualdiff_engine.ops.triton import tuning
+from dualdiff_engine.ops.triton import listing, tuning
 from dualdiff_engine.ops.triton.branch_linear import (
     BUSY,
     add_products,
@@ -18,15 +18,16 @@ from dualdiff_engine.ops.triton.branch_linear import (
     shape_class,
     tile_of_program,
 )
-from dualdiff_engine.ops.triton.tuning import TRITON_TYPES, Compilation, Config
+from dualdiff_engine.ops.triton.listing import HALVES, Compilation
+from dualdiff_engine.ops.triton.tuning import Config
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _geglu_kernel(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
+    input_ptr,  # [rows, C], rows STRIDE_INPUT apart
+    weight_ptr,  # [2·I, C], values before gates
+    bias_ptr,  # [2·I]
+    out_ptr,  # [rows, I]
     rows,
     STRIDE_INPUT: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -34,31 +35,31 @@ def _geglu_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
-    """One tile of out [rows, COLUMNS]; grid (tiles,).
+    """One tile of the output; C = CHANNELS, I = COLUMNS; grid (tiles,).
 
     The product has a column of values and one of gates for each column of the output, side by side:
     both are then held by the same thread, and one product of twice the width feeds the tensor cores
     better than two.
     """
-    tile_m, tile_n = tile_of_program(rows, COLUMNS, BLOCK_M, BLOCK_N, GROUP)
+    tile_m, tile_n = tile_of_program(rows, COLUMNS, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     within_m, within_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     # over the edge the last row is read again: what comes of it is not stored
     pairs = tl.arange(0, 2 * BLOCK_N)
     pairs = tl.minimum(pairs // 2, COLUMNS - 1 - first_n) + pairs % 2 * COLUMNS
-    sums = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-    sums += tl.load(bias_ptr + first_n + pairs).to(tl.float32)[None, :]
-    wide = add_products(
-        sums,
+    accumulator = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    accumulator += tl.load(bias_ptr + first_n + pairs).to(tl.float32)[None, :]
+    accumulator = add_products(
+        accumulator,
         input_ptr + first_m.to(tl.int64) * STRIDE_INPUT,
         weight_ptr + first_n.to(tl.int64) * CHANNELS,
         tl.minimum(within_m, rows - 1 - first_m),
         pairs,
         STRIDE_INPUT, CHANNELS, BLOCK_K,
     )  # fmt: skip
-    value, gate = tl.split(tl.reshape(wide, [BLOCK_M, BLOCK_N, 2]))
+    value, gate = tl.split(tl.reshape(accumulator, [BLOCK_M, BLOCK_N, 2]))
     # 0.7071... = sqrt(1/2)
     out = value * (0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476)))
     out_ptr += first_m.to(tl.int64) * COLUMNS + first_n
@@ -76,13 +77,21 @@ def default_config(rows: int, columns: int, dtype: torch.dtype) -> Config:
     return product_config(128, 64, 64, num_warps=8, num_stages=3)
 
 
-def candidates(dtype: torch.dtype) -> list[Config]:
-    """What is worth measuring for any shape; the largest do not fit every architecture."""
+def candidates(rows: int, columns: int, dtype: torch.dtype) -> list[Config]:
+    """What is worth measuring, at most 8; the largest do not fit every architecture."""
     if dtype == torch.float32:
         return [
             product_config(64, 64, 16, 8, 3),
             product_config(64, 32, 16, 8, 3),
             product_config(64, 32, 32, 8, 2),
+        ]
+    if triton.cdiv(rows, 128) * triton.cdiv(columns, 64) < BUSY:
+        return [
+            product_config(128, 64, 64, 8, 3),
+            product_config(128, 32, 64, 4, 4),
+            product_config(64, 64, 64, 4, 3),
+            product_config(64, 64, 64, 4, 4),
+            product_config(64, 32, 64, 4, 4),
         ]
     return [
         product_config(128, 128, 64, 8, 3),
@@ -91,9 +100,6 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         product_config(128, 64, 64, 8, 4),
         product_config(128, 64, 32, 8, 4),
         product_config(128, 32, 64, 4, 4),
-        product_config(64, 64, 64, 4, 3),
-        product_config(64, 64, 64, 4, 4),
-        product_config(64, 32, 64, 4, 4),
     ]
 
 
@@ -114,8 +120,8 @@ def geglu(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         input, weight, bias,
     )  # fmt: skip
     out = input.new_empty(*input.shape[:-1], columns)
-    left = as_rows(input)
-    rows, dtype = left.shape[0], input.dtype
+    x = as_rows(input)
+    rows, dtype = x.shape[0], input.dtype
     config = tuning.choose(
         "geglu",
         shape_class(rows, columns, channels, dtype),
@@ -125,7 +131,7 @@ def geglu(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     blocks = config.blocks
     tiles = triton.cdiv(rows, blocks["BLOCK_M"]) * triton.cdiv(columns, blocks["BLOCK_N"])
     _geglu_kernel[tiles,](
-        left, weight, bias, out, rows, left.stride(0), columns, channels, **config.arguments
+        x, weight, bias, out, rows, x.stride(0), columns, channels, **config.arguments
     )
     return out
 
@@ -138,34 +144,23 @@ def _(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 flops.register("geglu", "geglu")
 
 
-def _compilation(dtype: torch.dtype, rows: int, channels: int) -> Compilation:
-    kind, columns = TRITON_TYPES[dtype], 4 * channels
-    config = default_config(rows, columns, dtype)
-    constants = {
-        "STRIDE_INPUT": channels,
-        "COLUMNS": columns,
-        "CHANNELS": channels,
-        **config.blocks,
-    }
-    signature = {
-        name: "constexpr" if name in constants else "i32" if name == "rows" else f"*{kind}"
-        for name in _geglu_kernel.arg_names
-    }
-    return Compilation(
-        name=f"geglu {kind} M={rows} C={channels}",
-        kernel=_geglu_kernel,
-        signature=signature,
-        constants=constants,
-        config=config,
-        tensor_cores=kind != "fp32",
-    )
+# (rows, channels): batch 32 at resolution 512, and the background pass of one picture
+LAUNCHES = ((524288, 320), (131072, 640), (32768, 1280), (128, 1280))
 
 
-def compilations() -> list[Compilation]:
-    """Every default at SD-1.5 shapes: batch 32, and the background pass of one picture."""
-    halves = [
-        _compilation(dtype, rows, channels)
-        for dtype in (torch.float16, torch.bfloat16)
-        for rows, channels in ((524288, 320), (131072, 640), (32768, 1280), (128, 1280))
-    ]
-    return [*halves, _compilation(torch.float32, 8192, 1280)]
+def compilations(every_candidate: bool = False) -> list[Compilation]:
+    """Every default at SD-1.5 shapes; with every_candidate what tuning may choose as well."""
+    halves = [(dtype, *shape) for dtype in HALVES for shape in LAUNCHES]
+    listed = []
+    for dtype, rows, channels in (*halves, (torch.float32, 8192, 1280)):
+        shape = (rows, 4 * channels, dtype)
+        constants = {"STRIDE_INPUT": channels, "COLUMNS": 4 * channels, "CHANNELS": channels}
+        listed += [
+            listing.compilation(
+                "geglu", f"M={rows} C={channels}", _geglu_kernel, dtype, config, constants
+            )
+            for config in listing.configs(
+                default_config(*shape), candidates(*shape), every_candidate
+            )
+        ]
+    return listed

@@ -1,7 +1,10 @@
 """GroupNorm and SiLU of channels-last maps: one launch for statistics, one for the rest.
 
-Both cut a map into parts, PART positions of some whole groups, so that few maps still fill a GPU
-and what a program reads is contiguous: its groups' channels of one position after the other.
+Both cut a map into parts of PART positions, and a program takes some whole groups of one part. So
+few maps still fill a GPU, and a program reads contiguous memory: its groups' channels of one
+position after the other.
+
+Notations: N maps, P positions, C channels, G groups, GROUPS; WIDTH = C / G channels of a group.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dualdiff_engine.ops import flops
-from dualdiff_engine.ops.triton import tuning
-from dualdiff_engine.ops.triton.tuning import Compilation, Config
+from dualdiff_engine.ops.triton import listing, tuning
+from dualdiff_engine.ops.triton.listing import HALVES, Compilation
+from dualdiff_engine.ops.triton.tuning import Config
 
 # channels of a program: as many whole groups as fit, or one that does not
-CHANNELS = 256
+PROGRAM_CHANNELS = 256
 
 
 @triton.jit
@@ -32,8 +36,8 @@ def _sum_groups(x, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.const
 
 @triton.jit(do_not_specialize=["positions"])
 def _group_norm_statistics_kernel(
-    input_ptr,
-    statistics_ptr,
+    input_ptr,  # [N, P, C]
+    statistics_ptr,  # [2, N, parts, G] fp32
     positions,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -43,10 +47,10 @@ def _group_norm_statistics_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Mean and sum of squares about it, of every group in PART positions of a map.
+    """Mean and sum of squares about it, of every group in a part of a map; both are statistics.
 
-    statistics [2, N, parts, GROUPS]; grid (blocks of groups, parts, N). Welford's recurrence in
-    every lane, lanes joined by Chan's formula.
+    Grid (blocks of groups, parts, N). Welford's recurrence in every lane; Chan's formula joins
+    lanes.
     """
     first = tl.program_id(0) * BLOCK_G
     part = tl.program_id(1)
@@ -57,7 +61,7 @@ def _group_norm_statistics_kernel(
     input_ptr += sample * positions * (GROUPS * WIDTH) + first * WIDTH
     count = tl.zeros([BLOCK_P], tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, PART, BLOCK_P):
         rows = part * PART + start + tl.arange(0, BLOCK_P)
         inside = rows < positions
@@ -67,27 +71,27 @@ def _group_norm_statistics_kernel(
         count += inside.to(tl.float32)
         delta = tl.where(inside[:, None], x - mean, 0.0)
         mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
-        square += delta * (x - mean)
-    total = tl.sum(count, 0)
+        squares += delta * (x - mean)
+    counted = tl.sum(count, 0)
     group_mean = _sum_groups(tl.sum(mean * count[:, None], 0), WIDTH, BLOCK_G, BLOCK_W)
-    group_mean /= total * WIDTH
-    apart = mean - tl.gather(group_mean, group_of, 0)[None, :]
-    square += count[:, None] * apart * apart
-    group_square = _sum_groups(tl.sum(square, 0), WIDTH, BLOCK_G, BLOCK_W)
+    group_mean /= counted * WIDTH
+    offset = mean - tl.gather(group_mean, group_of, 0)[None, :]
+    squares += count[:, None] * offset * offset
+    group_squares = _sum_groups(tl.sum(squares, 0), WIDTH, BLOCK_G, BLOCK_W)
     groups = first + tl.arange(0, BLOCK_G)
     statistics_ptr += (sample * tl.num_programs(1) + part) * GROUPS + groups
     tl.store(statistics_ptr, group_mean, mask=groups < GROUPS)
     half = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUPS
-    tl.store(statistics_ptr + half, group_square, mask=groups < GROUPS)
+    tl.store(statistics_ptr + half, group_squares, mask=groups < GROUPS)
 
 
 @triton.jit(do_not_specialize=["positions"])
 def _group_norm_silu_kernel(
-    input_ptr,
-    statistics_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
+    input_ptr,  # [N, P, C]
+    statistics_ptr,  # [2, N, parts, G] fp32
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    out_ptr,  # [N, P, C]
     positions,
     eps,
     WIDTH: tl.constexpr,
@@ -98,7 +102,7 @@ def _group_norm_silu_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """out = silu((x - mean) · weight / sqrt(variance + eps) + bias) for PART positions of a map.
+    """out = silu((x - mean) · weight / sqrt(variance + eps) + bias) for a part of a map.
 
     Grid as of the statistics; PARTS >= the number of parts.
     """
@@ -116,15 +120,15 @@ def _group_norm_silu_kernel(
     squares = tl.load(pointers + half, mask=mask, other=0.0)
     count = tl.maximum(tl.minimum(positions - parts * PART, PART), 0).to(tl.float32)[:, None]
     mean = tl.sum(means * count, 0) / positions
-    apart = means - mean[None, :]
-    variance = tl.sum(squares + WIDTH * count * apart * apart, 0) / (WIDTH * positions)
+    offset = means - mean[None, :]
+    variance = tl.sum(squares + WIDTH * count * offset * offset, 0) / (WIDTH * positions)
 
     channels = tl.arange(0, BLOCK_C)
     group_of = tl.minimum(channels // WIDTH, BLOCK_G - 1)
     inside_c = (channels < BLOCK_G * WIDTH) & (first * WIDTH + channels < GROUPS * WIDTH)
     weight = tl.load(weight_ptr + first * WIDTH + channels, mask=inside_c, other=0.0)
     bias = tl.load(bias_ptr + first * WIDTH + channels, mask=inside_c, other=0.0)
-    middle = tl.gather(mean, group_of, 0)[None, :]
+    channel_mean = tl.gather(mean, group_of, 0)[None, :]
     scale = (weight.to(tl.float32) * tl.gather(tl.rsqrt(variance + eps), group_of, 0))[None, :]
     shift = bias.to(tl.float32)[None, :]
     base = sample * positions * (GROUPS * WIDTH) + first * WIDTH
@@ -133,14 +137,13 @@ def _group_norm_silu_kernel(
         offsets = base + rows.to(tl.int64)[:, None] * (GROUPS * WIDTH) + channels[None, :]
         inside = (rows < positions)[:, None] & inside_c[None, :]
         x = tl.load(input_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        y = (x - middle) * scale + shift
+        y = (x - channel_mean) * scale + shift
         tl.store(out_ptr + offsets, (y * tl.sigmoid(y)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def shape_class(positions: int, channels: int, num_groups: int, dtype: torch.dtype) -> str:
     """The row of a tuning table. The batch is not in it: results do not depend on its size."""
-    kind = str(dtype).removeprefix("torch.")
-    return tuning.key(P=positions, C=channels, G=num_groups, dtype=kind)
+    return tuning.key(P=positions, C=channels, G=num_groups, dtype=dtype)
 
 
 def _config(
@@ -167,20 +170,34 @@ def default_config(positions: int, channels: int, num_groups: int) -> Config:
     """What compiles without spills for every architecture."""
     width = channels // num_groups
     # a group wider than usual takes fewer positions at a time
-    rows = max(1, 16 * CHANNELS // max(CHANNELS, triton.next_power_of_2(width)))
-    return _config(_part(positions), CHANNELS, width, num_groups, rows, num_warps=8)
+    widest = max(PROGRAM_CHANNELS, triton.next_power_of_2(width))
+    rows = max(1, 16 * PROGRAM_CHANNELS // widest)
+    return _config(_part(positions), PROGRAM_CHANNELS, width, num_groups, rows, num_warps=8)
 
 
 def candidates(positions: int, channels: int, num_groups: int) -> list[Config]:
-    """What is worth measuring: other lengths of a part, widths of a program, rows at a time."""
+    """What is worth measuring, at most 8; values of a thread, and one other part and width each."""
     width, part = channels // num_groups, _part(positions)
+    # part, channels, values of a thread, warps
+    tiles = [(part, 256, values, num_warps) for num_warps in (4, 8) for values in (8, 16, 32)]
+    tiles[-1:] = [(part, 512, 16, 8), (part // 2, 256, 16, 8), (2 * part, 256, 16, 8)]
     return [
-        _config(length, wide, width, num_groups, elements * num_warps * 32 // wide, num_warps)
-        for length in (part // 2, part, 2 * part)
-        for wide in (256, 512)
-        for elements in (8, 16, 32)
-        for num_warps in (4, 8)
+        _config(length, wide, width, num_groups, values * num_warps * 32 // wide, num_warps)
+        for length, wide, values, num_warps in tiles
     ]
+
+
+def _constants(
+    positions: int, channels: int, num_groups: int, config: Config
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time arguments of both kernels, without blocks: of statistics, of the rest."""
+    width = channels // num_groups
+    parts = triton.cdiv(positions, config.blocks["PART"])
+    both = {"WIDTH": width, "GROUPS": num_groups}
+    return (
+        {**both, "BLOCK_W": triton.next_power_of_2(width)},
+        {**both, "PARTS": triton.next_power_of_2(parts)},
+    )
 
 
 @torch.library.custom_op("dualdiff::group_norm_silu", mutates_args=())
@@ -212,21 +229,17 @@ def group_norm_silu(
         input.device,
     )
     parts = triton.cdiv(positions, config.blocks["PART"])
-    group = channels // num_groups
     grid = (triton.cdiv(num_groups, config.blocks["BLOCK_G"]), parts, samples)
-    maps = input.contiguous(memory_format=torch.channels_last)
+    x = input.contiguous(memory_format=torch.channels_last)
     out = _like(input)
     statistics = input.new_empty(2, samples, parts, num_groups, dtype=torch.float32)
+    for_statistics, for_norm = _constants(positions, channels, num_groups, config)
     _group_norm_statistics_kernel[grid](
-        maps, statistics, positions, group, num_groups,
-        BLOCK_W=triton.next_power_of_2(group),
-        **config.arguments,
-    )  # fmt: skip
+        x, statistics, positions, **for_statistics, **config.arguments
+    )
     _group_norm_silu_kernel[grid](
-        maps, statistics, weight, bias, out, positions, eps, group, num_groups,
-        PARTS=triton.next_power_of_2(parts),
-        **config.arguments,
-    )  # fmt: skip
+        x, statistics, weight, bias, out, positions, eps, **for_norm, **config.arguments
+    )
     return out
 
 
@@ -243,50 +256,35 @@ def _(input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) 
 flops.register("group_norm_silu", "group_norm_silu")
 
 
-def _compilations(kind: str, positions: int, channels: int) -> list[Compilation]:
-    """Both launches, in 32 groups."""
-    config = default_config(positions, channels, 32)
-    group = channels // 32
-    constants = {
-        "WIDTH": group,
-        "GROUPS": 32,
-        "PARTS": triton.next_power_of_2(triton.cdiv(positions, config.blocks["PART"])),
-        "BLOCK_W": triton.next_power_of_2(group),
-        **config.blocks,
-    }
-    types = {"positions": "i32", "eps": "fp32", "statistics_ptr": "*fp32"}
-    return [
-        Compilation(
-            name=f"group_norm_silu {kind} P={positions} C={channels} {part}",
-            kernel=kernel,
-            signature={
-                name: "constexpr" if name in constants else types.get(name, f"*{kind}")
-                for name in kernel.arg_names
-            },
-            constants={name: x for name, x in constants.items() if name in kernel.arg_names},
-            config=config,
-            tensor_cores=False,
-        )
-        for part, kernel in (
-            ("statistics", _group_norm_statistics_kernel),
-            ("norm", _group_norm_silu_kernel),
-        )
-    ]
+# of SD-1.5, which has 32 groups: positions -> channels of maps
+MAPS = {
+    4096: (320, 640, 960),
+    1024: (320, 640, 960, 1280, 1920),
+    256: (640, 1280, 1920, 2560),
+    64: (1280, 2560),
+}
+NUM_GROUPS = 32
 
 
-def compilations() -> list[Compilation]:
-    """The default at every map of SD-1.5, in 32 groups; single precision at one of the widest."""
-    widths = {
-        4096: (320, 640, 960),
-        1024: (320, 640, 960, 1280, 1920),
-        256: (640, 1280, 1920, 2560),
-        64: (1280, 2560),
-    }
-    halves = [
-        compilation
-        for kind in ("fp16", "bf16")
-        for positions, channels_of in widths.items()
-        for channels in channels_of
-        for compilation in _compilations(kind, positions, channels)
-    ]
-    return halves + _compilations("fp32", 4096, 960)
+def compilations(every_candidate: bool = False) -> list[Compilation]:
+    """Every default at SD-1.5 shapes, fp32 at one of the widest.
+
+    With every_candidate, what tuning may choose as well.
+    """
+    halves = [(d, p, c) for d in HALVES for p, widths in MAPS.items() for c in widths]
+    kernels = {"statistics": _group_norm_statistics_kernel, "norm": _group_norm_silu_kernel}
+    listed = []
+    for dtype, positions, channels in (*halves, (torch.float32, 4096, 960)):
+        shape = (positions, channels, NUM_GROUPS)
+        choices = listing.configs(default_config(*shape), candidates(*shape), every_candidate)
+        listed += [
+            listing.compilation(
+                "group_norm_silu", f"P={positions} C={channels} {part}", kernel, dtype, config,
+                constants, types={"statistics_ptr": "*fp32"}, tensor_cores=False,
+            )
+            for config in choices
+            for (part, kernel), constants in zip(
+                kernels.items(), _constants(*shape, config), strict=True
+            )
+        ]  # fmt: skip
+    return listed

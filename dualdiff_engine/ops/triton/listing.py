@@ -76,4 +76,8 @@ def _type(argument: str, dtype: torch.dtype) -> str:
 
 def configs(default: Config, candidates: Sequence[Config], every_candidate: bool) -> list[Config]:
     """The default alone, or with every candidate that tuning may choose in its place."""
-    return [default, *(x for x in candidates if x != default)] if every_candidate else [default]
+    listed = [default]
+    for config in candidates if every_candidate else ():
+        if config not in listed:
+            listed.append(config)
+    return listed

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dualdiff_engine.bench.gpu import aot
+from dualdiff_engine.bench.gpu import aot, static
 from dualdiff_engine.ops.triton import OPS
 
 
@@ -19,6 +19,19 @@ def test_budget(module: str) -> None:
     assert not aot.worse(found, own)
     # defaults never spill
     assert all(usage["spills"] == 0 for usage in found.values())
+    # of the same machine code, which Triton's cache holds by now
+    bounds = static.measure([op for op, home in OPS.items() if home == module])
+    table = json.loads(static.STATIC.read_text("utf-8"))
+    complaints = static.worse(bounds, {k: v for k, v in table.items() if k.split()[0] == module})
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize("module", sorted(set(OPS.values()) - {"guided_step"}))
+def test_candidates_of_tuning_can_win(module: str) -> None:
+    listed = aot.candidates(module)
+    assert len(listed) > 3
+    complaints = aot.unfit(listed)
+    assert not complaints, "\n".join(complaints)
 
 
 def test_a_change_for_the_worse_is_named() -> None:

@@ -61,23 +61,25 @@ def test_branch_linear(dtype: torch.dtype, branches: int) -> None:
 
 @pytest.mark.parametrize("pairs", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_share_joins_the_first_branch(dtype: torch.dtype, pairs: int, bias: bool) -> None:
+def test_the_background_joins_the_first_branch(dtype: torch.dtype, pairs: int, bias: bool) -> None:
     groups, positions, channels = 2, 21, 24
     x = draw(2, groups * pairs * positions, channels, dtype=dtype)
     w = draw(2, 3 * channels, channels, dtype=dtype, seed=1)
     b = draw(3 * channels, dtype=dtype, seed=2) if bias else None
-    share = draw(groups, positions, 2 * channels, dtype=dtype, seed=3)
+    background_kv = draw(groups, positions, 2 * channels, dtype=dtype, seed=3)
     keep = torch.full((1,), KEEP, dtype=dtype)
 
-    def plain(x: Tensor, w: Tensor, b: Tensor | None, share: Tensor, keep: Tensor) -> Tensor:
+    def plain(
+        x: Tensor, w: Tensor, b: Tensor | None, background_kv: Tensor, keep: Tensor
+    ) -> Tensor:
         out = torch.stack([F.linear(x[f], w[f], b) for f in range(2)])
         own = out[0].view(groups, pairs, positions, 3 * channels)[..., channels:]
-        own.copy_(keep * own + share[:, None])
+        own.copy_(keep * own + background_kv[:, None])
         return out
 
-    wide = [None if t is None else t.double() for t in (x, w, b, share, keep)]
-    exact, eager = plain(*wide), plain(x, w, b, share, keep)
-    assert_within_budget("share", branch_linear(x, w, b, share, keep), eager, exact)
+    wide = [None if t is None else t.double() for t in (x, w, b, background_kv, keep)]
+    exact, eager = plain(*wide), plain(x, w, b, background_kv, keep)
+    assert_within_budget("background_kv", branch_linear(x, w, b, background_kv, keep), eager, exact)
 
 
 def test_every_tile_of_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,7 @@ def test_every_tile_of_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_shapes() -> None:
     x, w = torch.zeros(2, 6, 8), torch.zeros(2, 4, 8)
-    share, keep = torch.zeros(2, 2, 4), torch.zeros(1)
+    background_kv, keep = torch.zeros(2, 2, 4), torch.zeros(1)
     with pytest.raises(ValueError, match=r"weight \[D, C\].*got \[2, 6, 8\], \[4, 9\], None"):
         linear(x, torch.zeros(4, 9))
     with pytest.raises(ValueError, match=r"residual \[..., D\]; got .*\[6, 4\]"):
@@ -102,16 +104,18 @@ def test_wrong_shapes() -> None:
         branch_linear(x, w[:1])
     with pytest.raises(ValueError, match=r"bias \[D\].*\[3\]"):
         branch_linear(x, w, torch.zeros(3))
-    with pytest.raises(ValueError, match=r"share \[R, S, E <= D\] with keep \[1\]; got .*None$"):
-        branch_linear(x, w, None, share)
+    with pytest.raises(
+        ValueError, match=r"background_kv \[R, S, E <= D\] with keep \[1\]; got .*None$"
+    ):
+        branch_linear(x, w, None, background_kv)
     with pytest.raises(ValueError, match=r"\[2, 2, 4\], \[1\]"):
-        branch_linear(x, w, None, share, keep)
+        branch_linear(x, w, None, background_kv, keep)
 
 
 def arguments() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     x, w, b = torch.randn(2, 6, 8), torch.randn(2, 4, 8), torch.randn(4)
-    share, keep = torch.randn(3, 2, 2), torch.randn(1)
-    return (x, w[0], b, torch.randn(2, 6, 4)), (x, w, b, share, keep)
+    background_kv, keep = torch.randn(3, 2, 2), torch.randn(1)
+    return (x, w[0], b, torch.randn(2, 6, 4)), (x, w, b, background_kv, keep)
 
 
 def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:

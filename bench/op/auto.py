@@ -1,0 +1,63 @@
+"""What `auto` takes for each call of a step, and how far that is from the best fixed choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from dualdiff_engine import ops
+from dualdiff_engine.bench.op.cases import Spec, trace
+from dualdiff_engine.bench.step.case import MODELS, TEXT_TOKENS, network_config
+from dualdiff_engine.model import tuning
+from dualdiff_engine.ops.measure import shape_class
+
+# of the best: what a choice may lose before it counts as wrong
+ENOUGH = 0.97
+
+
+def taken(
+    model: str,
+    pairs: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    background: bool,
+    limit_s: float | None,
+) -> dict[Spec, str]:
+    """Call -> the backend that `auto` takes: as measured on this machine, else the usual one.
+
+    limit_s: measure first, for so many seconds.
+    """
+    network = tuning.Network(network_config(model), MODELS[model]["sample_size"], TEXT_TOKENS)
+    if limit_s is not None:
+        tuning.tune(network, device, dtype, pairs, limit_s)
+    bound = ops.bind(device=device, dtype=dtype)
+    chosen = tuning.settle(bound, network, device, dtype, pairs, "never")[0].recorded
+    one, many = trace(model, 1, background=background), trace(model, pairs, background=background)
+    found = {}
+    for spec, batched in zip(one, many, strict=True):
+        name = f"{spec.op}@{shape_class(spec.op, spec.arguments)}"
+        found[batched] = chosen.get(name, chosen[spec.op])
+    return found
+
+
+def verdict(rows: Iterable[Mapping[str, Any]], choices: Mapping[Spec, str]) -> str:
+    """In words: the calls whose choice is slower than the best backend by more than it may be."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if "ms" in row and row["by"] in ops.BACKENDS:
+            times.setdefault((row["op"], row["shapes"]), {})[row["by"]] = row["ms"]["p50"]
+    shares: list[tuple[float, str]] = []
+    for spec, backend in choices.items():
+        by = times.get((spec.op, spec.label), {})
+        if backend in by:
+            best = min(by, key=lambda name: by[name])
+            what = f"{spec.op} {spec.label}: {backend}, best {best}"
+            shares.append((by[best] / by[backend], what))
+    if not shares:
+        return "auto: nothing was timed"
+    slow = sorted(pair for pair in shares if pair[0] < ENOUGH)
+    lines = [f"auto: {len(shares) - len(slow)} of {len(shares)} calls within {ENOUGH} of the best"]
+    return "\n".join([*lines, *(f"  {share:.2f} {what}" for share, what in slow)])
