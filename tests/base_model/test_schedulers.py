@@ -18,8 +18,6 @@ from dualdiff_engine.settings import ChosenSampling
 from hostile_bases import base_copy, change_json
 from support import DATA
 
-CPU = torch.device("cpu")
-
 
 class Stub:
     """A denoiser in name: it predicts a share of what it is given."""
@@ -48,7 +46,7 @@ def offered(base: BaseModel) -> list[str]:
 
 
 def latents_of(base: BaseModel, name: str, steps: int, *, background: bool) -> torch.Tensor:
-    schedule = Schedule(lambda: base.make_scheduler(name), steps, CPU)
+    schedule = Schedule(lambda: base.make_scheduler(name), steps)
     bank = BackgroundBank(torch.ones(1, 4, 1, 1), base.noiser(), "fresh", 0, 0)
     sampling = ChosenSampling(steps, 1.0, name, 8, 8)
     latents = denoise(
