@@ -170,6 +170,7 @@ class Engine:
         # the small file first, for the same reason
         loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
         model = BaseModel(base, revision=revision, local_files_only=local_files_only)
+        model.check()
         if device.type == "cpu":
             keep_freed_blocks()
         with torch.inference_mode():
@@ -268,7 +269,7 @@ class Engine:
         n: int | Sequence[int] | None = None,
         *,
         sampling: Sampling | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: int | Sequence[int] | None = None,
         batch: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -291,7 +292,8 @@ class Engine:
         Args:
             n: How many pairs, with fresh seeds; or the seeds, one per pair. Default: 1.
             sampling: Steps, guidance, scheduler and size in one object. Or give these singly.
-            seeds: One per pair, 0 to 2^63-1. A pair depends on its own seed, not on its batch.
+            seeds: One per pair, or the seed of one pair, 0 to 2^63-1. A pair depends on its own
+                seed, not on its batch.
             batch: Pairs computed at once, 1 to `max_batch`. Default: as many as fit in both.
             steps: Scheduler steps. Default: 100, with a background 50, as released.
             guidance: Guidance scale. Default: 2.5, with a background 2.0, as released.
@@ -350,7 +352,7 @@ class Engine:
         n: int | Sequence[int] | None = None,
         *,
         sampling: Sampling | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: int | Sequence[int] | None = None,
         batch: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -424,7 +426,7 @@ class Engine:
             device=self.device,
             dtype=self.dtype,
             max_batch=self.max_batch,
-            size=self.base.sample_size * self.base.pixels_per_latent,
+            size=self.base.picture_size,
             pixels_per_latent=self.base.pixels_per_latent,
             scheduler=type(self.base.scheduler).__name__,
             adapter=name,

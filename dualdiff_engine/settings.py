@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +26,25 @@ NoiseMode = Literal["fresh", "fixed"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise SettingsError(message)
+
+
+def whole_number(value: object) -> int | None:
+    """An integer of Python, NumPy or PyTorch as Python's; None for all else, bools among it."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool":
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _count(name: str, value: object, expected: str, least: int, most: int | None = None) -> int:
+    """A whole number within bounds. Raises SettingsError."""
+    number = whole_number(value)
+    fits = number is not None and number >= least and (most is None or number <= most)
+    if number is None or not fits:
+        raise SettingsError(f"{name} must be {expected}, got {value!r}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -88,29 +110,28 @@ class Sampling:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            self.steps is None or (isinstance(self.steps, int) and 1 <= self.steps <= 1000),
-            f"steps must be a whole number from 1 to 1000, got {self.steps!r}",
-        )
-        _require(
-            self.guidance is None
-            or (isinstance(self.guidance, int | float) and abs(self.guidance) <= MOST_GUIDANCE),
-            f"guidance must be a finite number up to {MOST_GUIDANCE}, got {self.guidance!r}",
-        )
+        # NumPy's numbers become Python's, which a recipe can hold
+        if self.steps is not None:
+            steps = _count("steps", self.steps, "a whole number from 1 to 1000", 1, 1000)
+            object.__setattr__(self, "steps", steps)
+        if self.guidance is not None:
+            object.__setattr__(self, "guidance", _guidance(self.guidance))
         for name in ("height", "width"):
             value = getattr(self, name)
-            _require(
-                value is None or (isinstance(value, int) and 8 <= value <= 8192 and value % 8 == 0),
-                f"{name} must be a multiple of 8 from 8 to 8192, got {value!r}",
-            )
+            if value is not None:
+                side = _count(name, value, "a multiple of 8 from 8 to 8192", 8, 8192)
+                _require(
+                    side % 8 == 0, f"{name} must be a multiple of 8 from 8 to 8192, got {value!r}"
+                )
+                object.__setattr__(self, name, side)
 
-    def filled(self, *, background: bool, scheduler: str, size: int) -> ChosenSampling:
+    def filled(self, *, background: bool, scheduler: str, size: tuple[int, int]) -> ChosenSampling:
         """The same with every default in place.
 
         Args:
             background: Whether the run has a background.
             scheduler: The base model's own scheduler.
-            size: The base model's own size in pixels, of height and of width.
+            size: The base model's own (height, width) in pixels.
         """
         steps, guidance = (
             (BACKGROUND_STEPS, BACKGROUND_GUIDANCE) if background else (PLAIN_STEPS, PLAIN_GUIDANCE)
@@ -119,8 +140,8 @@ class Sampling:
             steps=steps if self.steps is None else self.steps,
             guidance=guidance if self.guidance is None else self.guidance,
             scheduler=self.scheduler or scheduler,
-            height=self.height or size,
-            width=self.width or size,
+            height=self.height or size[0],
+            width=self.width or size[1],
         )
 
 
@@ -143,6 +164,19 @@ class ChosenSampling:
     def rows(self) -> int:
         """Guidance rows per pair: 2 (uncond, cond) or 1."""
         return 2 if self.guided else 1
+
+
+def _guidance(value: object) -> float:
+    """A guidance scale of Python or NumPy as Python's. Raises SettingsError."""
+    # `True` is a number in Python, but not meant as one
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number: Any = value if real else math.nan
+    _require(
+        # compared before it is converted: an int may be larger than any float
+        -MOST_GUIDANCE <= number <= MOST_GUIDANCE,
+        f"guidance must be a finite number up to {MOST_GUIDANCE}, got {value!r}",
+    )
+    return float(number)
 
 
 def sampling_of(
@@ -187,7 +221,7 @@ class Background:
             self.noise in ("fresh", "fixed"),
             f"background noise must be 'fresh' or 'fixed', got {self.noise!r}",
         )
-        require_seed(self.noise_seed, "noise_seed")
+        object.__setattr__(self, "noise_seed", require_seed(self.noise_seed, "noise_seed"))
         for name in ("picture", "object_mask"):
             value = getattr(self, name)
             if isinstance(value, str | Path) and not Path(value).is_file():
@@ -196,9 +230,9 @@ class Background:
 
 def require_seed(seed: object, name: str = "seed") -> int:
     """Seeds are what `torch.Generator.manual_seed` takes without wrapping: 0 … 2^63-1."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+    value = whole_number(seed)
+    if value is None:
         raise SettingsError(f"{name} must be a whole number, got {seed!r}")
-    value = int(seed.__index__())
     _require(0 <= value < 2**63, f"{name} must be from 0 to 2^63-1, got {value}")
     return value
 
@@ -207,11 +241,24 @@ def size_of(size: int | Sequence[int] | None) -> tuple[int | None, int | None]:
     """(height, width) in pixels of one number or two; (None, None) of None."""
     if size is None:
         return None, None
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2:
-        return size[0], size[1]
+    side = whole_number(size)
+    if side is not None:
+        return side, side
+    sides = _several(size)
+    if sides is not None and len(sides) == 2:
+        return sides[0], sides[1]
     raise SettingsError(f"size must be one number or (height, width), got {size!r}")
+
+
+def _several(value: object) -> list[Any] | None:
+    """The elements of a list, range, array or tensor; None of a single value or of text."""
+    if isinstance(value, str | bytes | bytearray | dict) or not isinstance(value, Iterable):
+        return None
+    try:
+        return list(value)
+    # arrays without dimensions are iterable by their class alone
+    except TypeError:
+        return None
 
 
 _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
@@ -226,21 +273,19 @@ def size_from_text(text: str, option: str = "--size") -> tuple[int, int]:
 
 
 def seeds_of(
-    n: int | Sequence[int] | None, seeds: Sequence[int] | None, given: int | None
+    n: int | Sequence[int] | None, seeds: int | Sequence[int] | None, given: int | None
 ) -> tuple[int, ...]:
     """One seed per pair; n: how many, or the seeds; given: how many pairs have latents given."""
-    if seeds is None and isinstance(n, Sequence) and not isinstance(n, str):
-        n, seeds = None, n
+    if seeds is None and (listed := _several(n)) is not None:
+        n, seeds = None, listed
     if seeds is not None:
-        chosen = tuple(require_seed(seed) for seed in seeds)
-        if n is not None and n != len(chosen):
+        listed = _several(seeds)
+        chosen = tuple(require_seed(s) for s in ([seeds] if listed is None else listed))
+        if n is not None and whole_number(n) != len(chosen):
             raise SettingsError(f"n is {n} but there are {len(chosen)} seeds: give one of them")
     else:
-        if n is None:
-            n = given or 1
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise SettingsError(f"n must be a positive whole number, got {n!r}")
-        chosen = tuple(secrets.randbits(32) for _ in range(n))
+        count = _count("n", (given or 1) if n is None else n, "a positive whole number", 1)
+        chosen = tuple(secrets.randbits(32) for _ in range(count))
     if not chosen:
         raise SettingsError("seeds is empty: nothing to generate")
     if given is not None and given != len(chosen):
@@ -251,15 +296,11 @@ def seeds_of(
 def batch_of(batch: int | None, max_batch: int, pairs: int) -> int:
     if batch is None:
         return min(max_batch, pairs)
-    if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= max_batch:
-        raise SettingsError(
-            f"batch must be from 1 to {max_batch} (max_batch of the engine), got {batch!r}"
-        )
-    return batch
+    expected = f"from 1 to {max_batch} (max_batch of the engine)"
+    return _count("batch", batch, expected, 1, max_batch)
 
 
 def max_batch_of(max_batch: int | None) -> int | None:
-    wrong = isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1
-    if max_batch is not None and wrong:
-        raise SettingsError(f"max_batch must be a positive whole number, got {max_batch!r}")
-    return max_batch
+    if max_batch is None:
+        return None
+    return _count("max_batch", max_batch, "a positive whole number", 1)

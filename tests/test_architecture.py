@@ -160,7 +160,7 @@ def test_a_circle_and_an_arrow_up_are_found(tmp_path: Path) -> None:
 
 def test_the_top_level_is_as_planned() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == {
-        *("__init__", "engine", "settings", "errors", "pair", "base_model", "device", "files"),
+        *("__init__", "engine", "settings", "errors", "pair", "device", "files"),
         *("pictures", "folder_writer"),
     }
 

@@ -35,6 +35,9 @@ _TEXT_KEY = re.compile(
     r"text_encoder\.(?P<layer>.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight"
 )
 
+# names that wrappers of a network add when it is saved through them
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+
 _USE_OURS = "pass an adapter trained with DualAnoDiff"
 _INCOMPLETE = "the adapter is incomplete; use an intact copy or another checkpoint"
 
@@ -162,6 +165,7 @@ def convert(source: str | Path, target: str | Path) -> Adapter:
 
 def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:
     """Names -> structure; every site complete, every shape consistent. Raises AdapterError."""
+    tensors = _unwrapped(tensors)
     site_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     chained: set[str] = set()
     text_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -202,6 +206,19 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         sha256=sha256,
         source=source,
     )
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DistributedDataParallel and `torch.compile` put before or inside them."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if own in plain:
+            raise AdapterError(
+                f"{own} occurs twice, with and without {' or '.join(_WRAPPERS)}: keep one of them"
+            )
+        plain[own] = tensor
+    return plain
 
 
 def _known_part(part: str) -> bool:

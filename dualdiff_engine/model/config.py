@@ -35,19 +35,47 @@ _REQUIRED: dict[str, tuple[object, ...]] = {
     "conv_out_kernel": (3, None),
     "downsample_padding": (1, None),
     "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "reverse_transformer_layers_per_block": (None,),
     "dropout": (0.0, None),
 }
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
+# well above SD-2.x, which has 4 levels, 2 or 3 layers, 1280 channels: what is larger is a mistake,
+# and would fill the memory before the weights show it
+MAX_LEVELS, MAX_LAYERS, MAX_WIDTH = 8, 32, 8192
 
-def _per_level(value: Any, levels: int, name: str) -> tuple[int, ...]:
+
+def _per_level(value: Any, levels: int, name: str, most: int = MAX_WIDTH) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
-    if len(values) != levels or not all(isinstance(v, int) and v > 0 for v in values):
+    # `True` is an int in Python, but not a number of a configuration
+    if len(values) != levels or not all(type(v) is int and 0 < v <= most for v in values):
         raise BaseModelError(
-            f"unet config: {name} = {value!r} does not give {levels} positive levels"
+            f"unet config: {name} = {_short(value)} does not give {levels} whole numbers from 1 "
+            f"to {most}"
         )
     return values
+
+
+def _short(value: object) -> str:
+    return repr(value)[:80]
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, low: float, high: float) -> Any:
+    value = config.get(name, default)
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise BaseModelError(
+            f"unet config: {name} = {_short(value)} is not a number from {low:g} to {high:g}"
+        )
+    return value
+
+
+def _truth(config: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise BaseModelError(f"unet config: {name} = {_short(value)} is neither true nor false")
+    return value
 
 
 @dataclass(frozen=True)
@@ -79,41 +107,67 @@ class UNetConfig:
         for name, allowed in _REQUIRED.items():
             if config.get(name, allowed[-1]) not in allowed:
                 raise BaseModelError(
-                    f"unet config: {name} = {config[name]!r} is not an SD-1.x or SD-2.x UNet "
+                    f"unet config: {name} = {_short(config[name])} is not an SD-1.x or SD-2.x UNet "
                     f"(expected {allowed[0]!r})"
                 )
         try:
             return cls._read(config)
         except (KeyError, TypeError) as error:
-            raise BaseModelError(f"unet config is incomplete or malformed: {error!r}") from error
+            raise BaseModelError(
+                f"unet config is incomplete or malformed: {_short(error)}"
+            ) from error
 
     @classmethod
     def _read(cls, config: Mapping[str, Any]) -> UNetConfig:
-        channels = tuple(config["block_out_channels"])
-        levels = len(channels)
+        widths = config["block_out_channels"]
+        if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= MAX_LEVELS:
+            raise BaseModelError(
+                f"unet config: block_out_channels = {_short(widths)} is not a list of 1 to "
+                f"{MAX_LEVELS} widths"
+            )
+        levels = len(widths)
+        channels = _per_level(widths, levels, "block_out_channels")
         down, up = config["down_block_types"], config["up_block_types"]
         unknown = [t for t in down if t not in _DOWN] + [t for t in up if t not in _UP]
         if unknown or len(down) != levels or len(up) != levels:
-            raise BaseModelError(f"unet config: block types {down} / {up} are not supported")
+            raise BaseModelError(
+                f"unet config: block types {_short(down)} / {_short(up)} are not supported"
+            )
         # "attention_head_dim" of these configs counts heads (kept so by diffusers for old files)
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        return cls(
-            in_channels=config.get("in_channels", 4),
-            out_channels=config.get("out_channels", 4),
-            channels=_per_level(list(channels), levels, "block_out_channels"),
-            layers=_per_level(config.get("layers_per_block", 2), levels, "layers_per_block"),
+        read = cls(
+            in_channels=_per_level(config.get("in_channels", 4), 1, "in_channels")[0],
+            out_channels=_per_level(config.get("out_channels", 4), 1, "out_channels")[0],
+            channels=channels,
+            layers=_per_level(
+                config.get("layers_per_block", 2), levels, "layers_per_block", MAX_LAYERS
+            ),
             transformer_layers=_per_level(
                 config.get("transformer_layers_per_block", 1),
                 levels,
                 "transformer_layers_per_block",
+                MAX_LAYERS,
             ),
             heads=_per_level(heads, levels, "attention_head_dim"),
             down_attention=tuple(_DOWN[t] for t in down),
             up_attention=tuple(_UP[t] for t in up),
             context_width=_per_level(config["cross_attention_dim"], 1, "cross_attention_dim")[0],
-            norm_groups=config.get("norm_num_groups", 32),
-            norm_eps=config.get("norm_eps", 1e-5),
-            flip_sin_to_cos=config.get("flip_sin_to_cos", True),
-            freq_shift=config.get("freq_shift", 0),
-            linear_projection=bool(config.get("use_linear_projection", False)),
+            norm_groups=_per_level(config.get("norm_num_groups", 32), 1, "norm_num_groups")[0],
+            norm_eps=_number(config, "norm_eps", 1e-5, 1e-12, 0.1),
+            flip_sin_to_cos=_truth(config, "flip_sin_to_cos", True),
+            freq_shift=_number(config, "freq_shift", 0, 0, 1),
+            linear_projection=_truth(config, "use_linear_projection", False),
         )
+        read._check()
+        return read
+
+    def _check(self) -> None:
+        """Raises BaseModelError where widths, groups and heads do not go together."""
+        for width, heads in zip(self.channels, self.heads, strict=True):
+            if width % self.norm_groups or width % heads or width % 2:
+                raise BaseModelError(
+                    f"unet config: block_out_channels {width} is not a multiple of 2, of "
+                    f"norm_num_groups {self.norm_groups} and of {heads} heads"
+                )
+        if self.channels[0] // 2 == self.freq_shift:
+            raise BaseModelError(f"unet config: {self.channels[0]} channels are too few")

@@ -68,10 +68,11 @@ class Run:
     """The parts that draw pairs with one adapter.
 
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class
-    name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size, scheduler: the base
-    model's own. trained_background: whether the adapter needs a background. is_active: whether the
-    adapter is still the one that the denoiser holds. interrupted: whether to stop after this step.
-    busy: held while networks run. batches: which batches fitted into memory.
+    name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
+    in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
+    background. is_active: whether the adapter is still the one that the denoiser holds.
+    interrupted: whether to stop after this step. busy: held while networks run. batches: which
+    batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -85,7 +86,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     max_batch: int
-    size: int
+    size: tuple[int, int]
     pixels_per_latent: int
     scheduler: str
     adapter: str | None
@@ -128,7 +129,7 @@ class Request:
 def check(
     run: Run,
     n: int | Sequence[int] | None,
-    seeds: Sequence[int] | None,
+    seeds: int | Sequence[int] | None,
     sampling: Sampling,
     *,
     batch: int | None,

@@ -138,7 +138,8 @@ class _Run:
     def _size(self) -> int:
         """Pixels of a side."""
         step = self.base.pixels_per_latent
-        size = self.options.size or self.base.sample_size * step
+        # training pictures are square
+        size = self.options.size or min(self.base.picture_size)
         if size % step:
             raise SettingsError(f"size must be a multiple of {step} for this VAE, got {size}")
         return size

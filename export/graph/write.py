@@ -177,8 +177,8 @@ class Exporter:
     def _size(self) -> Size:
         engine, options = self.engine, self.options
         step = engine.base.pixels_per_latent
-        side = engine.base.sample_size * step
-        height, width = options.height or side, options.width or side
+        own = engine.base.picture_size
+        height, width = options.height or own[0], options.width or own[1]
         if height % step or width % step:
             raise SettingsError(f"height and width must be multiples of {step} for this VAE")
         tokens = engine.text_encoder.tokenizer.model_max_length

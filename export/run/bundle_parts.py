@@ -49,7 +49,7 @@ class BundledBase(BaseModel):
         self.source, self.folder = one.base["source"], folder
         self.unet_config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
         # of a size that is fixed, the engine's default must be that one
-        self.sample_size = max(one.height, one.width)
+        self.latent_size = one.height, one.width
         self.unet = NoWeights()
         self._sha256 = one.base["sha256"]
 
