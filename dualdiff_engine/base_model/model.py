@@ -141,7 +141,10 @@ class BaseModel:
         tokenizer = self.load_tokenizer()
         tensors = self._text_tensors()
         with blamed_on(self.folder / "text_encoder"):
-            config = CLIPTextConfig(**self._text_values)
+            # these shape the pooled output alone, which nothing reads; they have to be valid tokens
+            last = self._text_values["vocab_size"] - 1
+            special = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+            config = CLIPTextConfig(**self._text_values, **special)
             with torch.device("meta"):
                 empty = CLIPTextModel(config)
             tensors.check({_text_name(name) or name: s for name, s in _shapes(empty).items()})

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 MAKERS = (
     "dualdiff_engine/adapters/*.py",
+    "dualdiff_engine/base_model/*.py",
     "dualdiff_engine/model/*.py",
     "dualdiff_engine/ops/*.py",
     "dualdiff_engine/pipeline/text.py",
