@@ -57,7 +57,7 @@ def test_whole_numbers_of_other_libraries(kind: Any) -> None:
     assert type(Background(None, noise_seed=kind(3)).noise_seed) is int
 
 
-@pytest.mark.parametrize("value", NOT_WHOLE, ids=repr)
+@pytest.mark.parametrize("value", NOT_WHOLE, ids=lambda value: type(value).__name__)
 def test_what_is_not_a_whole_number(value: Any) -> None:
     calls: dict[str, Any] = {
         "n must be": lambda: seeds_of(value, None, None),
