@@ -48,7 +48,7 @@ PROBLEMS: dict[str, tuple[tuple[Any, ...], ...]] = {
     ),
     "exchange": tuple(
         ((2, m, c), (c, c), (c,), (c, c), (c,), (2, m, c))
-        for m, c in ((63, 48), (1, 16), (130, 40), (64, 320))
+        for m, c in ((63, 48), (1, 16), (70, 40), (17, 160))
     ),
     "group_norm_silu": (
         ((3, 48, 5, 7), 8, (48,), (48,), 1e-5),
