@@ -253,7 +253,6 @@ MISTAKES: dict[str, tuple[Tensors, Change, str]] = {
     ),
     "no-prefix": (PLAIN, rename("^unet.", ""), rf"^{SELF}.*{OURS_NOT}"),
     "wrong-prefix": (PLAIN, rename("^unet.", "model."), rf"^model.*{OURS_NOT}"),
-    "prefix-of-a-wrapper": (PLAIN, rename("^", "module."), rf"^module.text_enc.*{OURS_NOT}"),
 }  # fmt: skip
 
 

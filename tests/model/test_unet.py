@@ -155,7 +155,7 @@ def test_branches_are_coupled() -> None:
         ({"layers_per_block": [2]}, "layers_per_block = .2. does not give 4"),
         ({"attention_head_dim": "8"}, "attention_head_dim"),
         ({"class_embed_type": "timestep"}, "class_embed_type"),
-        ({"block_out_channels": None}, "incomplete or malformed"),
+        ({"block_out_channels": None}, "block_out_channels = None is not a list"),
     ],
 )
 def test_other_families_are_refused(change: dict[str, Any], message: str) -> None:

@@ -63,7 +63,7 @@ def test_no_step_waits_for_the_device(name: str, with_background: bool) -> None:
     if with_background:
         noiser = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
         bank = BackgroundBank(torch.zeros(2, 4, 8, 8, device=META), noiser, "fresh", 0, 0)
-    sampling = Sampling(steps=5).filled(background=with_background, scheduler=name, size=64)
+    sampling = Sampling(steps=5).filled(background=with_background, scheduler=name, size=(64, 64))
     seen: list[torch.device] = []
 
     def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
