@@ -112,9 +112,11 @@ def bundle(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
         out = tmp_path_factory.getbasetemp() / f"bundle-{name}"
         if not out.exists():
+            # before the patch below: an export is written by what is patched
+            made = exported(name)
 
             def reuse(engine: Any, folder: Path, *_: Any) -> None:
-                shutil.copytree(exported(name), folder, dirs_exist_ok=True)
+                shutil.copytree(made, folder, dirs_exist_ok=True)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(write, "write_folder", reuse)
