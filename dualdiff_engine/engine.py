@@ -190,7 +190,7 @@ class Engine:
         max_batch: int | None = None,
         trust: bool = False,
     ) -> Engine:
-        """Run a folder by `dualdiff export bundle`, which needs no base model beside it.
+        """Run a folder by `dualdiff export bundle`, which needs no base model.
 
         adapter: one of the bundle's, by default its first; all are resident. backend: auto takes
         the fastest that runs here and says in `ops.table` which and why. trust: run TensorRT

@@ -130,10 +130,10 @@ class ExportedDenoiser(ABC):
         return self._runners[graph]
 
     def _check_size(self, latents: Tensor) -> None:
-        told, size = self.artefact, tuple(latents.shape[-2:])
-        if not told.dynamic_size and size != (told.height, told.width):
+        artefact, size = self.artefact, tuple(latents.shape[-2:])
+        if not artefact.dynamic_size and size != (artefact.height, artefact.width):
             raise BackendError(
-                f"{self.folder} was exported for latents of {told.height} x {told.width}, asked "
+                f"{self.folder} was exported for latents of {artefact.height} x {artefact.width}, asked "
                 f"for {size[0]} x {size[1]}: pass the size it was exported for, or export with "
                 "--dynamic-size"
             )
@@ -148,7 +148,7 @@ class ExportedDenoiser(ABC):
 
 def initializers(adapter: Mapping[str, Tensor], artefact: Artefact) -> dict[str, Tensor]:
     """A folded adapter's tensors in the precision and layout of a graph's initializers."""
-    dtype, turned = getattr(torch, artefact.precision), set(artefact.transposed)
+    dtype, transposed = getattr(torch, artefact.precision), set(artefact.transposed)
     changed = {}
     for name in artefact.adapter_weights:
         tensor = adapter[name]
@@ -157,7 +157,7 @@ def initializers(adapter: Mapping[str, Tensor], artefact: Artefact) -> dict[str,
         if artefact.graph == ENCODER and tensor.dim() == 3:
             # the background pass runs the first branch alone
             tensor = tensor[:1]
-        changed[name] = stored(tensor, name in turned)
+        changed[name] = stored(tensor, name in transposed)
     return changed
 
 

@@ -78,7 +78,7 @@ def check_runtime(backend: str, device: torch.device) -> None:
 def fastest(
     folder: Path, artefacts: Mapping[str, Artefact], device: torch.device, trust: bool
 ) -> tuple[str, str]:
-    """(backend, why) of a bundle: TensorRT where engines that may run here lie beside it."""
+    """(backend, why) of a bundle: TensorRT where engines that may run here lie next to it."""
     if device.type != "cuda":
         return "onnxruntime", ""
     try:
@@ -88,7 +88,7 @@ def fastest(
             engine_file.check_claims(engine_for(folder, graph), flavour, version, trust=trust)
     except BackendError as error:
         return "onnxruntime", f"not TensorRT: {error}"
-    return "tensorrt", "engines for this GPU lie beside the graphs"
+    return "tensorrt", "engines for this GPU lie next to the graphs"
 
 
 def denoiser(
@@ -146,11 +146,11 @@ def from_pretrained(
     most = most_pairs(artefacts, max_batch_of(max_batch), target)
     loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
     model = BaseModel(base, revision=revision, local_files_only=local_files_only)
-    told = next(iter(artefacts.values())).base
-    if model.sha256 != told["sha256"]:
+    recorded = next(iter(artefacts.values())).base
+    if model.sha256 != recorded["sha256"]:
         raise BackendError(
-            f"{folder} was exported from another base model ({told['source']}, sha256 "
-            f"{told['sha256'][:12]}…) than {base} ({model.sha256[:12]}…): use that one, or export "
+            f"{folder} was exported from another base model ({recorded['source']}, sha256 "
+            f"{recorded['sha256'][:12]}…) than {base} ({model.sha256[:12]}…): use that one, or export "
             "again"
         )
     graphs = denoiser(backend, artefacts, folder, target, "as asked", trust)
@@ -165,7 +165,7 @@ def from_pretrained(
 def keep_all(
     engine: Engine, folder: Path, artefacts: Mapping[str, Artefact], first: str | None = None
 ) -> None:
-    """Every adapter that lies beside the graphs; `first`, or what they were traced with, active."""
+    """Every adapter that lies next to the graphs; `first`, or what they were traced with, active."""
     found = read_adapters(folder, artefacts)
     first = first or next(iter(artefacts.values())).adapter["name"]
     if first not in found:
