@@ -36,13 +36,29 @@ LAYOUTS["denoiser_background"] = LAYOUTS["denoiser"] + "; background_i: from bac
 
 
 @dataclass(frozen=True)
+class BaseOrigin:
+    """Which base model; source: its hub id, or the name of its folder."""
+
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """Which adapter, by name and by its file's hash."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Artefact:
     """The metadata of one graph.
 
     height, width: latent size, an example where `dynamic_size`. transposed: weights stored with
     their last two axes exchanged. adapter_weights: those that another adapter replaces, under the
-    same names. adapter: the one
-    whose tensors lie next to the graph. versions: of the packages that wrote it.
+    same names. adapter: the one whose tensors lie next to the graph. versions: of the packages
+    that wrote it.
     """
 
     graph: str
@@ -52,8 +68,8 @@ class Artefact:
     height: int
     width: int
     dynamic_size: bool
-    base: Mapping[str, str]
-    adapter: Mapping[str, Any]
+    base: BaseOrigin
+    adapter: AdapterOrigin
     layout: str
     scheduler: Mapping[str, Any]
     scaling_factor: float
@@ -78,8 +94,10 @@ class Artefact:
         names = {f.name for f in fields(cls)}
         try:
             values = {name: json.loads(value) for name, value in metadata.items() if name in names}
+            values["base"] = BaseOrigin(**values["base"])
+            values["adapter"] = AdapterOrigin(**values["adapter"])
             artefact = cls(**values)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             raise BackendError(
                 f"{path} has no valid metadata of `dualdiff export onnx` ({error}): export the "
                 "adapter again"
@@ -117,7 +135,7 @@ def read_artefacts(folder: Path) -> dict[str, Artefact]:
         raise BackendError(
             f"{folder} holds no denoiser graph: create it with `dualdiff export onnx`"
         )
-    bases = {artefact.base["sha256"] for artefact in found.values()}
+    bases = {artefact.base.sha256 for artefact in found.values()}
     if len(bases) > 1:
         raise BackendError(f"{folder} holds graphs of different base models: export again")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
     manifest = {
         "format": BUNDLE_FORMAT,
         "version": dualdiff_engine.__version__,
-        "base": dict(one.base),
+        "base": asdict(one.base),
         "first": first,
         "adapters": {
             name: {key: getattr(adapter.summary, key) for key in ("sha256", "background", "rank")}
@@ -184,10 +185,10 @@ def add_adapter(
     graphs = read_artefacts(folder)
     one = next(iter(graphs.values()))
     with Engine.from_pretrained(base, dtype="float32", device="cpu") as engine:
-        if engine.base.sha256 != one.base["sha256"]:
+        if engine.base.sha256 != one.base.sha256:
             raise BackendError(
-                f"{folder} was exported from another base model ({one.base['source']}, sha256 "
-                f"{one.base['sha256'][:12]}…): pass that base model"
+                f"{folder} was exported from another base model ({one.base.source}, sha256 "
+                f"{one.base.sha256[:12]}…): pass that base model"
             )
         name = engine.load_adapter(adapter, name, allow_pickle=allow_pickle)
         scale = engine.base.pixels_per_latent

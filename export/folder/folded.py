@@ -17,7 +17,7 @@ from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export.folder import weight_files
-from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact
+from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact, BaseOrigin
 from dualdiff_engine.pipeline.text import TextEncoder
 
 PROBE = ".probe.safetensors"
@@ -42,10 +42,10 @@ def text_names(encoder: TextEncoder) -> set[str]:
     }
 
 
-def base_record(base: BaseModel) -> dict[str, str]:
+def base_origin(base: BaseModel) -> BaseOrigin:
     """Which base model; of a folder its name alone, for files that travel."""
     source = Path(base.source).name if Path(base.source).is_dir() else base.source
-    return {"source": source, "sha256": base.sha256}
+    return BaseOrigin(source, base.sha256)
 
 
 def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) -> None:
@@ -65,7 +65,7 @@ def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) ->
     metadata = {
         "name": engine.active_adapter,
         "summary": summary,
-        "base": base_record(engine.base),
+        "base": asdict(base_origin(engine.base)),
         "precision": precision,
         "text": text,
         "transposed": sorted(transposed & tensors.keys()),
@@ -114,7 +114,7 @@ def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resid
         summary = AdapterSummary(**metadata["summary"])
         transposed = set(metadata["transposed"])
         claims = {
-            "base model": (str(metadata["base"]["sha256"]), one.base["sha256"]),
+            "base model": (str(metadata["base"]["sha256"]), one.base.sha256),
             "precision": (str(metadata["precision"]), one.precision),
         }
     except (KeyError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,13 @@ from torch import Tensor
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.export.folder import folded, weight_files
-from dualdiff_engine.export.folder.artefact import ADAPTERS, LAYOUTS, Artefact, read_artefacts
+from dualdiff_engine.export.folder.artefact import (
+    ADAPTERS,
+    LAYOUTS,
+    AdapterOrigin,
+    Artefact,
+    read_artefacts,
+)
 from dualdiff_engine.export.folder.folded import stored
 from dualdiff_engine.export.folder.weight_files import Place
 from dualdiff_engine.export.graph import (
@@ -258,7 +264,9 @@ class Exporter:
                     files.setdefault(file, {}).setdefault(name, tensor)
         for file, tensors in files.items():
             base = self.engine.base
-            weight_files.write(self.folder / file, tensors, {"base": folded.base_record(base)})
+            weight_files.write(
+                self.folder / file, tensors, {"base": asdict(folded.base_origin(base))}
+            )
 
     def _base_file(self, graph: str, name: str) -> str | None:
         """Where a weight of the base lies; None for what belongs to adapters."""
@@ -322,8 +330,8 @@ class Exporter:
             height=size.height,
             width=size.width,
             dynamic_size=size.dynamic,
-            base=folded.base_record(base),
-            adapter={"name": engine.active_adapter, "sha256": summary.sha256},
+            base=folded.base_origin(base),
+            adapter=AdapterOrigin(str(engine.active_adapter), summary.sha256),
             layout=LAYOUTS[graph.name],
             scheduler=dict(base.scheduler.config),
             scaling_factor=float(engine.vae.config.scaling_factor),

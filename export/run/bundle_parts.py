@@ -46,12 +46,12 @@ class BundledBase(BaseModel):
 
     def __init__(self, folder: Path, graphs: Mapping[str, Artefact]) -> None:
         one = next(iter(graphs.values()))
-        self.source, self.folder = one.base["source"], folder
+        self.source, self.folder = one.base.source, folder
         self.unet_config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
         # of a size that is fixed, the engine's default must be that one
         self.latent_size = one.height, one.width
         self.unet = NoWeights()
-        self._sha256 = one.base["sha256"]
+        self._sha256 = one.base.sha256
 
     @property
     def sha256(self) -> str:

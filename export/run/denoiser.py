@@ -133,8 +133,8 @@ class ExportedDenoiser(ABC):
         artefact, size = self.artefact, tuple(latents.shape[-2:])
         if not artefact.dynamic_size and size != (artefact.height, artefact.width):
             raise BackendError(
-                f"{self.folder} was exported for latents of {artefact.height} x {artefact.width}, asked "
-                f"for {size[0]} x {size[1]}: pass the size it was exported for, or export with "
+                f"{self.folder} was exported for latents of {artefact.height} x {artefact.width}, "
+                f"got {size[0]} x {size[1]}: pass the size of the export, or export with "
                 "--dynamic-size"
             )
 

@@ -147,10 +147,10 @@ def from_pretrained(
     loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
     model = BaseModel(base, revision=revision, local_files_only=local_files_only)
     recorded = next(iter(artefacts.values())).base
-    if model.sha256 != recorded["sha256"]:
+    if model.sha256 != recorded.sha256:
         raise BackendError(
-            f"{folder} was exported from another base model ({recorded['source']}, sha256 "
-            f"{recorded['sha256'][:12]}…) than {base} ({model.sha256[:12]}…): use that one, or export "
+            f"{folder} was exported from another base model ({recorded.source}, sha256 "
+            f"{recorded.sha256[:12]}…) than {base} ({model.sha256[:12]}…): use that one, or export "
             "again"
         )
     graphs = denoiser(backend, artefacts, folder, target, "as asked", trust)
@@ -165,9 +165,9 @@ def from_pretrained(
 def keep_all(
     engine: Engine, folder: Path, artefacts: Mapping[str, Artefact], first: str | None = None
 ) -> None:
-    """Every adapter that lies next to the graphs; `first`, or what they were traced with, active."""
+    """Keep every adapter next to the graphs; `first`, or the one of the trace, is active."""
     found = read_adapters(folder, artefacts)
-    first = first or next(iter(artefacts.values())).adapter["name"]
+    first = first or next(iter(artefacts.values())).adapter.name
     if first not in found:
         raise BackendError(f"{folder} holds no adapter {first!r}; it holds {', '.join(found)}")
     for name in sorted(found, key=lambda name: name == first):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -276,8 +276,8 @@ class _Builder:
             targets=list(self.targets),
             gpu="" if self.options.targets else engine_file.this_gpu_name(),
             graph_sha256=sha256_of(self.folder / f"{a.graph}.onnx"),
-            base=dict(a.base),
-            adapter={k: a.adapter.get(k) for k in ("name", "sha256")},
+            base=asdict(a.base),
+            adapter=asdict(a.adapter),
             precision=a.precision,
             height=a.height,
             width=a.width,
@@ -290,7 +290,7 @@ class _Builder:
     def _adapter_weights(self) -> dict[str, Any]:
         """The values in the graph, as a runner gets them for its adapter."""
         adapters = read_adapters(self.folder, read_artefacts(self.folder))
-        return initializers(adapters[self.artefact.adapter["name"]].sites, self.artefact)
+        return initializers(adapters[self.artefact.adapter.name].sites, self.artefact)
 
     def _error(self, what: str) -> BackendError:
         errors = "; ".join(self.logger.errors) or "no reason given"

@@ -79,8 +79,8 @@ def test_metadata_says_what_it_is(golden: Golden, folder: Path, engine_of: Any) 
     engine: Engine = engine_of(golden.name)
     for name, artefact in read_artefacts(folder).items():
         assert artefact.graph == name
-        assert artefact.base["sha256"] == engine.base.sha256
-        assert artefact.adapter["sha256"] == engine.active.summary.sha256
+        assert artefact.base.sha256 == engine.base.sha256
+        assert artefact.adapter.sha256 == engine.active.summary.sha256
         assert artefact.scheduler["_class_name"] == "PNDMScheduler"
         assert (artefact.height, artefact.width, artefact.opset) == (16, 16, 23)
         assert artefact.versions.keys() >= {"dualdiff-engine", "torch", "onnx"}
