@@ -72,16 +72,22 @@ def build(compilation: Compilation, architecture: int) -> tuple[Usage, bytes]:
     # nothing is assembled where Triton has it in its cache on disk
     words = report.getvalue()
     if "registers" not in words:
-        words = _ptxas(built.asm["ptx"], architecture)
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", words)]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", words)]
+        words = assembler_report(built.asm["ptx"], architecture)
+    registers, spills = counted(words)
     tensor_cores = bool(_TENSOR_CORE.search(built.asm["ptx"]))
-    usage = Usage(max(registers), sum(spills), built.metadata.shared, tensor_cores)
+    usage = Usage(registers, spills, built.metadata.shared, tensor_cores)
     return usage, built.asm["cubin"]
 
 
-def _ptxas(ptx: str, architecture: int) -> str:
-    """What the assembler reports."""
+def counted(report: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes spilled, of an assembler's report."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    return max(registers), sum(spills)
+
+
+def assembler_report(ptx: str, architecture: int) -> str:
+    """What the assembler says of PTX for an architecture (80: sm_80)."""
     target = re.search(r"\.target\s+(\w+)", ptx)
     assert target is not None
     tool = TOOLS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")

@@ -333,7 +333,8 @@ class Exporter:
             base=folded.base_origin(base),
             adapter=AdapterOrigin(str(engine.active_adapter), summary.sha256),
             layout=LAYOUTS[graph.name],
-            scheduler=dict(base.scheduler.config),
+            # the base reads its class apart from its values
+            scheduler={"_class_name": type(base.scheduler).__name__, **base.scheduler.config},
             scaling_factor=float(engine.vae.config.scaling_factor),
             versions={**versions(), "onnx": onnx.__version__},
             transposed=[name for name, transposed in traced.weights.items() if transposed],

@@ -68,7 +68,8 @@ def test_the_kernel_takes_what_tensorrt_passes(
     runtime = [name for name in op._exchange_kernel.arg_names if name not in fixed]
     assert runtime == [*(f"{name}_ptr" for name in exchange_plugin.INPUTS), "positions", "out_ptr"]
     assert kernel.shared <= exchange_plugin.MOST_SHARED
-    registers, spills = aot._ptxas(kernel.ptx, int(capability.replace(".", "")))
+    report = aot.assembler_report(kernel.ptx, int(capability.replace(".", "")))
+    registers, spills = aot.counted(report)
     assert spills == 0
     assert registers <= 255
 

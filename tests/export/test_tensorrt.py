@@ -121,7 +121,7 @@ def test_every_attention_gets_a_kernel_of_its_own(
         assert told["graph_sha256"] == sha256_of(folder / f"{one.graph}.onnx")
         assert told["adapter"]["name"] == "tiny"
         # what an engine with that adapter brings to a runner: a plan needs no refitting for it
-        brought = initializers(engine.unet._changed, graphs[one.graph])
+        brought = initializers(engine.denoiser._changed, graphs[one.graph])
         assert told["weights_sha256"] == engine_file.weights_sha256(brought)
         # what the builder is at
         about = [line.removeprefix(f"{one.graph}: ") for line in said if one.graph in line]
