@@ -22,6 +22,7 @@ from dualdiff_engine.adapters.format import (
     LowRank,
     SiteAdapter,
 )
+from dualdiff_engine.errors import AdapterError
 
 Tensors = Mapping[str, Tensor]
 
@@ -118,7 +119,8 @@ def fold_sites(
 ) -> dict[str, Tensor]:
     """Everything an adapter touches, with the LoRA of both branches merged.
 
-    sites: of an `Adapter`; None folds the plain, one-branch network.
+    sites: of an `Adapter`; None folds the plain, one-branch network. Raises AdapterError when a
+    folded tensor is not finite in the dtype.
     """
     folded: dict[str, Tensor] = {}
     for name in sorted(n.removesuffix(".to_q.weight") for n in base if n.endswith(".to_q.weight")):
@@ -128,8 +130,21 @@ def fold_sites(
         }
         fold = fold_self_site if name.endswith("attn1") else fold_text_site
         for part, tensor in fold(own, sites[name] if sites else None).items():
-            folded[f"{engine_name(name)}.{part}"] = tensor.to(dtype).contiguous()
+            folded[f"{engine_name(name)}.{part}"] = _rounded(f"{name}: {part}", tensor, dtype)
     return folded
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A folded tensor in the engine's dtype. Raises AdapterError when it is not finite there."""
+    rounded = tensor.to(dtype).contiguous()
+    # either is NaN where one value is
+    if not all(bool(torch.isfinite(x)) for x in torch.aminmax(rounded)):
+        short = str(dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{name} is not finite once it is folded, in {short}: the adapter's values are too "
+            "large; use float32, or an earlier checkpoint"
+        )
+    return rounded
 
 
 def fold_self_site(base: Tensors, site: SiteAdapter | None) -> dict[str, Tensor]:

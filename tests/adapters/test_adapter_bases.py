@@ -27,7 +27,8 @@ from adapter_cases import (
     saved,
     tiny,
 )
-from dualdiff_engine import Engine, adapters
+from dualdiff_engine import AdapterError, Engine, adapters
+from support import golden_engine
 
 PLAIN = tiny()
 
@@ -137,3 +138,15 @@ def test_a_wrong_adapter_is_refused_before_the_base_is_looked_for(tmp_path: Path
         lambda: Engine.from_pretrained(tmp_path / "no-base", adapter=path, device="cpu"),
         f"^w {OURS_NOT}$",
     )
+
+
+def test_an_adapter_that_overflows_when_folded_is_refused(tmp_path: Path) -> None:
+    """Finite in the file, infinite in the engine: it drew black pairs."""
+    tensors = {name: x.float() * 1e30 for name, x in golden("dual").items()}
+    path = saved(tmp_path, tensors)
+    engine = golden_engine("dual")
+    before = engine.active_adapter
+    with pytest.raises(AdapterError, match="is not finite once it is folded, in float32"):
+        engine.load_adapter(path, "huge")
+    assert engine.adapters == [before]
+    assert len(engine.generate(seeds=[1], steps=1, size=64)) == 1
