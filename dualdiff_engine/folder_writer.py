@@ -175,7 +175,10 @@ class FolderWriter:
                 with suppress(OSError):
                     path.unlink()
             raise
-        self._next += lost is None
+        if lost is None:
+            # a second stream into the same writer must not draw it again
+            self._rows.append(Row(index, pair.seed, pair.recipe))
+            self._next += 1
         return index
 
     def quarantine(self, fault: Fault) -> None:

@@ -262,3 +262,11 @@ def test_nothing_of_a_failed_pair_is_left(
         assert writer.write(pair(3)) == 1
     assert [row["seed"] for row in rows(tmp_path)] == [1, 3]
     assert listing(tmp_path) == expected(0, 1)
+
+
+def test_a_second_stream_into_the_same_writer_draws_nothing_again(tmp_path: Path) -> None:
+    made = pair(1)
+    with FolderWriter(tmp_path) as writer:
+        assert writer.missing(made.recipe, [1, 2], free=False) == [1, 2]
+        writer.write(made)
+        assert writer.missing(made.recipe, [1, 2], free=False) == [2]

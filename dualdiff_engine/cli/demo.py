@@ -74,6 +74,8 @@ def demo(
         seconds = time.monotonic() - start
         typer.echo(f"{len(drawn)} pairs in {out}, {seconds:.0f} s")
         typer.echo(f"contact sheet: {path} (image, anomaly, mask on the image)")
+    if not (drawn or stopped or quiet):
+        typer.echo(f"all {count} pairs are already in {out}: nothing was drawn")
     if stopped:
         raise typer.Exit(stopped)
 

@@ -110,6 +110,6 @@ def train(
             base, data, out, options, progress=not quiet, should_stop=stopped.is_set
         )
     if result.adapter is None:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(stopped.code or INTERRUPTED)
     if not quiet:
         typer.echo(f"{result.adapter} after {len(result.losses)} steps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TRY = "try dtype float32, fewer changes to guidance or adapter, or another scheduler"
+_TRY = "try dtype float32, a lower guidance, another scheduler, or an earlier checkpoint"
 
 
 class FiniteWatch:
