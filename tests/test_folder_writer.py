@@ -267,6 +267,6 @@ def test_nothing_of_a_failed_pair_is_left(
 def test_a_second_stream_into_the_same_writer_draws_nothing_again(tmp_path: Path) -> None:
     made = pair(1)
     with FolderWriter(tmp_path) as writer:
-        assert writer.missing(made.recipe, [1, 2], free=False) == [1, 2]
+        assert writer.missing([made.recipe], [1, 2], free=False) == [(0, 1), (1, 2)]
         writer.write(made)
-        assert writer.missing(made.recipe, [1, 2], free=False) == [2]
+        assert writer.missing([made.recipe], [1, 2], free=False) == [(1, 2)]
