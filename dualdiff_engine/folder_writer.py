@@ -181,7 +181,7 @@ class FolderWriter:
                 others = differences(shared, identity(row.recipe, pictures=False))
                 own = None if free else asked.get(row.seed)
                 if not others and own is not None and own != _key(theirs):
-                    others = ["picture or placement of this seed"]
+                    others = [f"picture or region for seed {row.seed}"]
             if others:
                 raise OutputError(
                     f"{self.root} holds pairs of another recipe (other {', '.join(others)}): "

@@ -21,7 +21,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 _PER_PAIR = {"seed", "mask"}
 _CIRCUMSTANCES = {"versions", "device", "backends"}
 # what pairs of one run may have of their own
-_PICTURES = {"background", "placement"}
+_PICTURES = ("background", "placement")
 _OLDER: Mapping[str, Any] = {"tf32": False, "placement": None}
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors")
 
@@ -119,15 +119,15 @@ def identity(recipe: Mapping[str, Any], *, pictures: bool = True) -> dict[str, s
     """Of every part of a recipe that tells runs apart, its JSON: not seeds and masks.
 
     Where files lay and what the machine offered is no difference: the weights' hashes count, and
-    paths, versions, devices and backends do not. pictures: whether the normal pictures count, on
-    which pairs of one run may differ.
+    paths, versions, devices and backends do not. pictures: whether the hashes of normal pictures
+    and regions count, which pairs of one run may have of their own.
     """
-    left_out = _PER_PAIR | _CIRCUMSTANCES | (set() if pictures else _PICTURES)
-    kept = {k: v for k, v in recipe.items() if k not in left_out}
-    # recipes of older versions do not say it
-    for name, value in _OLDER.items():
-        if name not in left_out:
-            kept.setdefault(name, value)
+    # recipes of older versions do not say all
+    recipe = {**_OLDER, **recipe}
+    kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
+    for part in _PICTURES if not pictures else ():
+        settings = (kept.get(part) or {}).items()
+        kept[part] = [[k, v] for k, v in settings if not k.endswith("_sha256")]
     for part in ("base", "adapter"):
         kept[part] = (kept.get(part) or {}).get("sha256")
     return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
@@ -137,11 +137,6 @@ def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]
     """Names of what differs between two identities."""
     names = ours.keys() | theirs.keys()
     return sorted(name for name in names if ours.get(name) != theirs.get(name))
-
-
-def same_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Names of what differs between two recipes; see `identity`."""
-    return differences(identity(ours), identity(theirs))
 
 
 def describe(
