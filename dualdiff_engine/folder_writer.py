@@ -53,8 +53,8 @@ class FolderWriter:
     A context manager: entering checks the folder before anything is computed, and locks it. A run
     that it holds is continued: hand the writer to `Engine.stream(resume=…)`, and only the missing
     pairs are drawn. A row has `index`, `files` (kind -> path relative to root, with slashes),
-    `seed`, `empty_mask` and `recipe`; it is written after its files. Pairs that came out
-    unusable are set aside in `root/quarantine.jsonl`, with the reason.
+    `seed`, `empty_mask`, `scores`, `accepted` and `recipe`; it is written after its files. Pairs
+    that came out unusable are set aside in `root/quarantine.jsonl`, with the reason.
 
     Args:
         root: The folder; made if it is not there.
@@ -206,7 +206,8 @@ class FolderWriter:
         index = self._next if lost is None else lost.index
         files = {kind: f"{kind}/{index:05d}.png" for kind in KINDS}
         contents = {self.root / file: _encode(pair, kind) for kind, file in files.items()}
-        record = {name: getattr(pair, name) for name in ("seed", "empty_mask", "recipe")}
+        names = ("seed", "empty_mask", "scores", "accepted", "recipe")
+        record = {name: getattr(pair, name) for name in names}
         line = json.dumps({"index": index, "files": files, **record}).encode() + b"\n"
         self._check_manifest()
         end = os.fstat(self._manifest.fileno()).st_size

@@ -30,7 +30,7 @@ pair = SimpleNamespace(
     image=Image.effect_noise((64, 64), 50).convert("RGB"),
     anomaly=Image.effect_noise((64, 64), 50).convert("RGB"),
     mask=Image.new("L", (64, 64), 255),
-    seed=1, empty_mask=False, recipe={"filler": "x" * 5000},
+    seed=1, empty_mask=False, scores={}, accepted=None, recipe={"filler": "x" * 5000},
 )
 with FolderWriter(sys.argv[1]) as writer:
     while True:
