@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -215,6 +217,29 @@ def test_a_lost_gpu_ends_the_instance(
     assert asked == [[1], [13, 2]]
     assert ended.wait(5)
     assert codes == [1]
+
+
+def test_the_process_of_a_lost_instance_ends() -> None:
+    """A real one. What it has to say comes first."""
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[1:]; import pytest; "
+        "from serving import load_model; module = load_model(pytest.MonkeyPatch()); "
+        "module.LAST_WORDS = 0.5; model = module.TritonPythonModel(); "
+        f"print(model._end(RuntimeError({LOST!r})), flush=True); time.sleep(60)"
+    )
+    places = [p for p in sys.path if p and (Path(p) / "serving.py").is_file()]
+    root = str(Path(__file__).parent.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *places, root],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "the GPU of this instance failed" in done.stdout
+    # for the server's log
+    assert "an illegal memory access was encountered)" in done.stderr
 
 
 @pytest.mark.parametrize(
