@@ -21,6 +21,7 @@ from dualdiff_engine.export.run.denoiser import (
 from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt import engine_file
 from dualdiff_engine.export.trt.engine_file import Manifest
+from dualdiff_engine.files import sha256_of_tensors
 from dualdiff_engine.ops import Ops
 
 # by TensorRT's names
@@ -110,7 +111,7 @@ class TensorrtRunner:
 
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Hold these weights, by the names of the graph's initializers. Raises BackendError."""
-        wanted = engine_file.weights_sha256(weights)
+        wanted = sha256_of_tensors(weights)
         if not must_refit(self.path, self.manifest, self._holds, wanted):
             return
         refitter = self.trt.Refitter(self.engine, self.logger)
@@ -233,7 +234,7 @@ class TensorrtDenoiser(ExportedDenoiser):
 
         If one cannot be refitted, the adapter before stays the one in use.
         """
-        loaded, before = dict(self._runners), (self._main, self._changed)
+        loaded, main, changed = dict(self._runners), self._main, self._changed
         super().load(tensors)
         try:
             for graph, runner in loaded.items():
@@ -245,5 +246,6 @@ class TensorrtDenoiser(ExportedDenoiser):
         except Exception:
             # what was refitted holds the new weights: engines are read again when needed
             self._runners.clear()
-            self._main, self._changed = before
+            self._main = main
+            self._changed = changed
             raise
