@@ -33,12 +33,15 @@ class ExportedDenoiser(ABC):
     and dropped when `load` brings another adapter.
     """
 
+    _main: str
+    _changed: Mapping[str, Tensor]
+
     def __init__(
         self, ops: Ops, artefacts: Mapping[str, Artefact], folder: Path, device: torch.device
     ) -> None:
         """ops: of the engine, whose table says how the graphs run and why."""
         self.ops, self.artefacts, self.folder, self.device = ops, artefacts, folder, device
-        self._changed: Mapping[str, Tensor] = {}
+        self._changed = {}
         self._main = PLAIN if PLAIN in artefacts else WITH_BACKGROUND
         self._runners: dict[str, Runner] = {}
 
