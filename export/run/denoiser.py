@@ -33,15 +33,12 @@ class ExportedDenoiser(ABC):
     and dropped when `load` brings another adapter.
     """
 
-    _main: str
-    _changed: Mapping[str, Tensor]
-
     def __init__(
         self, ops: Ops, artefacts: Mapping[str, Artefact], folder: Path, device: torch.device
     ) -> None:
         """ops: of the engine, whose table says how the graphs run and why."""
         self.ops, self.artefacts, self.folder, self.device = ops, artefacts, folder, device
-        self._changed = {}
+        self._changed: Mapping[str, Tensor] = {}
         self._main = PLAIN if PLAIN in artefacts else WITH_BACKGROUND
         self._runners: dict[str, Runner] = {}
 
@@ -64,8 +61,12 @@ class ExportedDenoiser(ABC):
                 f"{self.folder} holds no denoiser for adapters {kind} background: export one of "
                 "that kind, and use that folder"
             )
-        self._main, self._changed = main, tensors
+        self._use(main, tensors)
         self._runners.clear()
+
+    def _use(self, main: str, changed: Mapping[str, Tensor]) -> None:
+        """Run this graph, with other values for these of its initializers."""
+        self._main, self._changed = main, changed
 
     def release(self) -> None:
         """Drop what runs the graphs."""

@@ -234,7 +234,7 @@ class TensorrtDenoiser(ExportedDenoiser):
 
         If one cannot be refitted, the adapter before stays the one in use.
         """
-        loaded, main, changed = dict(self._runners), self._main, self._changed
+        loaded, before = dict(self._runners), (self._main, self._changed)
         super().load(tensors)
         try:
             for graph, runner in loaded.items():
@@ -246,6 +246,5 @@ class TensorrtDenoiser(ExportedDenoiser):
         except Exception:
             # what was refitted holds the new weights: engines are read again when needed
             self._runners.clear()
-            self._main = main
-            self._changed = changed
+            self._use(*before)
             raise
