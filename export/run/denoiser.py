@@ -61,8 +61,12 @@ class ExportedDenoiser(ABC):
                 f"{self.folder} holds no denoiser for adapters {kind} background: export one of "
                 "that kind, and use that folder"
             )
-        self._main, self._changed = main, tensors
+        self._use(main, tensors)
         self._runners.clear()
+
+    def _use(self, main: str, changed: Mapping[str, Tensor]) -> None:
+        """Run this graph, with other values for these of its initializers."""
+        self._main, self._changed = main, changed
 
     def release(self) -> None:
         """Drop what runs the graphs."""
