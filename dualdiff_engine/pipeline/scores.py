@@ -32,11 +32,12 @@ ALWAYS = ("area", "branch_difference")
 WITH_PLACEMENT = ("change_inside", "change_outside", "change_share", "area_ratio")
 SCORES = (*ALWAYS, *WITH_PLACEMENT)
 
-# a mask that is not empty, on a change that can be seen (10 of 255 grey levels), of which the mask
-# holds at least a third
+# a change that can be seen, in grey levels of full scale
+VISIBLE = 10 / 255
+# a mask that is not empty, on a change that can be seen, of which the mask holds a third
 DEFAULT_ACCEPT: Mapping[str, float] = {
     "min_area": 1e-4,
-    "min_change_inside": 10 / 255,
+    "min_change_inside": VISIBLE,
     "min_change_share": 1 / 3,
 }
 DEFAULT_ATTEMPTS, MOST_ATTEMPTS = 4, 64
@@ -88,9 +89,9 @@ def scores_of(
     Returns:
         area: share of the picture in the mask. branch_difference: mean |image - anomaly| in the
         mask. change_inside: mean change in the mask. change_outside: mean change outside the mask
-        and a margin of 1/64 of the side. change_share: share of all change that lies in the mask
-        and the margin. area_ratio: the mask's area over the mean of real masks. All but the last
-        are in [0, 1].
+        and a margin of 1/64 of the side. change_share: of the change of all pixels that changed by
+        10 of 255 levels or more, the share in the mask and the margin. area_ratio: the mask's area
+        over the mean of real masks. All but the last are in [0, 1].
     """
     white = mask > 0
     found: dict[str, float | None] = dict.fromkeys(SCORES)
@@ -100,10 +101,11 @@ def scores_of(
         found["branch_difference"] = float(difference.mean()) / 255
     if change is not None:
         amount = change.max(axis=2).astype(np.float64) / 255
-        near, total = _grown(white), float(amount.sum())
+        near, visible = _grown(white), np.where(amount >= VISIBLE, amount, 0)
+        total = float(visible.sum())
         found["change_inside"] = float(amount[white].mean()) if white.any() else None
         found["change_outside"] = float(amount[~near].mean()) if not near.all() else None
-        found["change_share"] = float(amount[near].sum()) / total if total else None
+        found["change_share"] = float(visible[near].sum()) / total if total else None
     if statistics is not None:
         usual = sum(area for area, _ in statistics.parts) / len(statistics.counts)
         found["area_ratio"] = float(white.mean()) / usual
