@@ -9,14 +9,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualdiff_engine.device import is_out_of_memory, numerics
+from dualdiff_engine.device import enough_memory, is_out_of_memory, numerics, release_memory
 from dualdiff_engine.errors import PairError, SettingsError
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import Ops
@@ -32,7 +32,7 @@ from dualdiff_engine.pair import (
 )
 from dualdiff_engine.pipeline import faults
 from dualdiff_engine.pipeline.background import BackgroundBank, BankStore, cut_out, record_of
-from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock, Stderr
+from dualdiff_engine.pipeline.batches import SMALLER, BatchMemory, BusyLock, Stderr
 from dualdiff_engine.pipeline.decode import decode
 from dualdiff_engine.pipeline.denoise import Schedule, denoise, draw_latents
 from dualdiff_engine.pipeline.faults import FiniteWatch
@@ -46,6 +46,8 @@ from dualdiff_engine.settings import (
     batch_of,
     seeds_of,
 )
+
+T = TypeVar("T")
 
 
 class Resumed(Protocol):
@@ -70,9 +72,9 @@ class Run:
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class
     name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
     in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
-    background. is_active: whether the adapter is still the one that the denoiser holds.
-    interrupted: whether to stop after this step. busy: held while networks run. batches: which
-    batches fitted into memory.
+    background. prompts: drawn when a caller names none. is_active: whether the adapter is still the
+    one that the denoiser holds. interrupted: whether to stop after this step. busy: held while
+    networks run. batches: which batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -91,6 +93,7 @@ class Run:
     scheduler: str
     adapter: str | None
     trained_background: bool
+    prompts: Prompts
     facts: Facts
     is_active: Callable[[], bool]
     interrupted: Callable[[], bool]
@@ -162,7 +165,7 @@ def check(
         surroundings, record = _surroundings(
             background, chosen, background_latents, background_noise
         )
-    parsed = Prompts.of(prompts)
+    parsed = run.prompts if prompts is None else Prompts.of(prompts)
     given = {"latents": latents, "background_latents": background_latents}
     recipe = describe(
         run.facts,
@@ -207,14 +210,14 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
 
     Raises:
         PairError: A pair cannot be used.
-        OutOfMemoryError: Not even one pair fits.
+        OutOfMemoryError: Not even one pair fits, to be drawn or to be decoded.
         SettingsError: The adapter was switched, or the engine is in use by another caller.
     """
     if not request.seeds or run.interrupted():
         return
     with _networks(run):
-        text = _text(run, request)
-        bank = _background(run, request)
+        text = _with_room(run, "while the prompts are encoded", lambda: _text(run, request))
+        bank = _with_room(run, "while the background is encoded", lambda: _background(run, request))
     start, total = 0, request.schedule.calls * len(request.seeds)
     with tqdm(total=total, disable=not request.progress, unit="call", file=Stderr()) as bar:
         while start < len(request.seeds):
@@ -237,7 +240,9 @@ def _finished(
     fault = faults.of_latents(bad_step, run.dtype)
     if fault is None:
         with _networks(run):
-            image, anomaly = decode(run.vae, latents)
+            image, anomaly = _with_room(
+                run, "while a pair is decoded", lambda: decode(run.vae, latents)
+            )
         fault = faults.of_pictures(image, anomaly)
     if fault is None:
         mask = request.segment(to_uint8(anomaly))
@@ -246,6 +251,25 @@ def _finished(
         raise PairError(seed, fault)
     else:
         request.on_fault(Fault(seed, fault, {**request.recipe, "seed": seed}))
+
+
+def _with_room(run: Run, doing: str, call: Callable[[], T]) -> T:
+    """The result of a call that has no batch to halve; what earlier calls left behind may go.
+
+    Kept shares and the blocks of larger batches are freed when memory runs out, once.
+    Raises OutOfMemoryError.
+    """
+    try:
+        return call()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # outside the handler, so that the failed call's tensors are gone
+    run.batches.freed(doing)
+    run.banks.release()
+    release_memory(run.device)
+    with enough_memory(doing, SMALLER):
+        return call()
 
 
 @contextmanager
@@ -338,15 +362,16 @@ def _denoise(
             bank,
             step_end,
         )
-    except (RuntimeError, MemoryError, OSError, ValueError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
+        message = str(error)
     else:
         run.batches.fitted()
         return None if clean is None else (clean, watch.first_bad())
     # outside the handler, so that the failed batch's tensors are gone
     bar.update(before - bar.n)
-    half = run.batches.failed(len(noise))
+    half = run.batches.failed(len(noise), message)
     # a pair's generators have drawn: its seed starts again
     seeds = [generator.initial_seed() for generator in generators[:half]]
     again = [torch.Generator().manual_seed(seed) for seed in seeds]
