@@ -239,19 +239,30 @@ def _key() -> bytes:
     """This user's key, made when first needed."""
     home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     path = home / "dualdiff-engine" / "builder.key"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        made = path.with_name(f"{path.name}.{os.getpid()}")
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-        try:
-            # whoever comes first decides
-            os.link(made, path)
-        except FileExistsError:
-            pass
-        finally:
-            made.unlink()
-    key = path.read_bytes()
+    try:
+        if not path.is_file():
+            _make_key(path)
+        key = path.read_bytes()
+    except OSError as error:
+        raise BackendError(
+            f"{path}, which shows that an engine is your own, cannot be read or written "
+            f"({error.strerror or error}): set XDG_DATA_HOME to a folder that can, or pass "
+            "trust=True (--trust) if you trust the engine's source"
+        ) from error
     if len(key) != KEY_BYTES:
         raise BackendError(f"{path} is damaged: delete it, then build your engines again")
     return key
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    made = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(KEY_BYTES))
+    try:
+        # whoever comes first decides
+        os.link(made, path)
+    except FileExistsError:
+        pass
+    finally:
+        made.unlink()
