@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dualdiff_engine
-from dualdiff_engine.base_model import BUNDLE, blamed_on
+from dualdiff_engine.base_model import BUNDLE, blamed_on, first_line
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.export.folder.artefact import ADAPTERS, read_artefacts
@@ -180,7 +180,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise KeyError(manifest["first"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BackendError(
-            f"Invalid bundle: {folder} ({error!r}); recreate it with `dualdiff export bundle`"
+            f"Invalid bundle: {folder} ({type(error).__name__}: {first_line(error)}); recreate it "
+            "with `dualdiff export bundle`"
         ) from error
     return dict(manifest)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dualdiff_engine.adapters.format import LowRank
 from dualdiff_engine.base_model import BaseModel, TensorFile, read_json
-from dualdiff_engine.errors import BackendError
+from dualdiff_engine.errors import BackendError, BaseModelError
 from dualdiff_engine.export.folder.artefact import Artefact
 from dualdiff_engine.export.run.denoiser import initializers, only
 from dualdiff_engine.export.run.onnx_session import Session
@@ -47,7 +47,11 @@ class BundledBase(BaseModel):
     def __init__(self, folder: Path, graphs: Mapping[str, Artefact]) -> None:
         one = next(iter(graphs.values()))
         self.source, self.folder = one.base.source, folder
-        self.unet_config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+        path = folder / "unet" / "config.json"
+        try:
+            self.unet_config = UNetConfig.from_dict(read_json(path))
+        except BaseModelError as error:
+            raise BackendError(f"{path}: {error} (copy the whole bundle again)") from error
         # of a size that is fixed, the engine's default must be that one
         self.latent_size = one.height, one.width
         self.unet = NoWeights()

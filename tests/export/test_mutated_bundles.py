@@ -118,9 +118,10 @@ def test_damaged_files(copy: Path, name: str) -> None:
     """As a bad copy leaves them, and as if the bundle had been written so."""
     path, manifest = copy / name, copy / "bundle.json"
     whole, vouched = path.read_bytes(), manifest.read_bytes()
-    results = {}
+    results, hashed = {}, path.suffix != ".safetensors" and path != manifest
     for kind, content in damage(whole, np.random.default_rng(len(name))):
-        for consistent in (False, True) if path != manifest else (False,):
+        # the hashes of weights are not compared when a bundle is opened
+        for consistent in (False, True) if hashed else (False,):
             path.unlink()
             if content is not None:
                 path.write_bytes(content)
@@ -130,19 +131,12 @@ def test_damaged_files(copy: Path, name: str) -> None:
             path.write_bytes(whole)
             manifest.write_bytes(vouched)
     refused = {kind for (kind, _), said in results.items() if said != "drawn"}
-    assert refused >= {"gone", "empty", "half", "noise", "deep json"} - (
-        # a tokenizer reads as much as it finds
-        {"gone", "empty", "half", "noise", "deep json"} if consistent_may_draw(name) else set()
-    )
+    assert refused >= {"gone", "empty", "half", "noise", "deep json"}
     plain = {kind: said for (kind, consistent), said in results.items() if not consistent}
-    if path.suffix != ".safetensors" and path != manifest:
+    if hashed:
         # every change is found by its hash, and the file is named
         assert all(name in said for said in plain.values()), plain
     assert outcome(copy) == "drawn"
-
-
-def consistent_may_draw(name: str) -> bool:
-    return name.startswith("tokenizer/")
 
 
 def test_pipes_are_not_waited_for(copy: Path) -> None:
@@ -182,7 +176,7 @@ def test_manifests_with_other_values(copy: Path, path: tuple[str, ...], value: o
     outcome(copy)
 
 
-@pytest.mark.parametrize("value", [None, -1, 0, 10**9, "x", [], {}, True, ["x"]])
+@pytest.mark.parametrize("value", [None, -1, 10**9, "x", ["x"]])
 @pytest.mark.parametrize(
     "field",
     [
