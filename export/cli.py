@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -102,9 +102,17 @@ def _options(
     )
 
 
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """By name, with annotations that typer can read."""
+    # not imported when the command starts, and no option by itself
+    hints = get_type_hints(function, localns={"ExportOptions": object}, include_extras=True)
+    parameters = inspect.signature(function).parameters
+    return {name: p.replace(annotation=hints[name]) for name, p in parameters.items()}
+
+
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The same command, which takes the parameters of `_options` in place of its `options`."""
-    own, shared = (dict(inspect.signature(f).parameters) for f in (command, _options))
+    own, shared = _parameters(command), _parameters(_options)
     place = list(own).index("options")
     del own["options"]
     parameters = list(own.values())

@@ -254,10 +254,10 @@ def _finished(
 
 
 def _with_room(run: Run, doing: str, call: Callable[[], T]) -> T:
-    """The result of a call that has no batch to halve; what earlier calls left behind may go.
+    """Make a call that has no batch to halve; returns its result.
 
-    Kept shares and the blocks of larger batches are freed when memory runs out, once.
-    Raises OutOfMemoryError.
+    When memory runs out, what earlier calls left behind is freed: kept shares, and the blocks of
+    larger batches. Then the call is made once more. Raises OutOfMemoryError.
     """
     try:
         return call()
