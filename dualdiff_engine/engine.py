@@ -39,6 +39,7 @@ from dualdiff_engine.pipeline.generate import Resumed, Run
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
     Background,
+    Placement,
     Prompts,
     Sampling,
     max_batch_of,
@@ -294,7 +295,8 @@ class Engine:
         scheduler: str | None = None,
         size: int | tuple[int, int] | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
-        background: Background | None = None,
+        background: Background | Sequence[Background] | None = None,
+        placement: Placement | Sequence[Placement] | None = None,
         latents: Tensor | None = None,
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
@@ -319,7 +321,10 @@ class Engine:
             size: Pixels, one number or (height, width). Default: the base model's.
             prompts: `Prompts`, or (image prompt, anomaly prompt). Default: those that the bundle
                 records for the adapter, else the released ones.
-            background: The surroundings to keep, for adapters trained with a background.
+            background: The surroundings to keep, for adapters trained with a background; one for
+                all pairs, or one per pair. Default with a placement: its picture, object black.
+            placement: Where the defect goes, on which normal picture; one for all pairs, or one per
+                pair. All else stays as in the picture.
             latents: [n, 2, 4, h, w] in place of the draws; standard normal.
             background_latents: [2, 4, h, w] (uncond, cond) in place of the encoded background.
             background_noise: [calls, 2, 4, h, w] in place of the draws.
@@ -355,6 +360,7 @@ class Engine:
                 size=size,
                 prompts=prompts,
                 background=background,
+                placement=placement,
                 latents=latents,
                 background_latents=background_latents,
                 background_noise=background_noise,
@@ -379,7 +385,8 @@ class Engine:
         scheduler: str | None = None,
         size: int | tuple[int, int] | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
-        background: Background | None = None,
+        background: Background | Sequence[Background] | None = None,
+        placement: Placement | Sequence[Placement] | None = None,
         latents: Tensor | None = None,
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
@@ -404,6 +411,7 @@ class Engine:
             batch=batch,
             prompts=prompts,
             background=background,
+            placement=placement,
             latents=latents,
             background_latents=background_latents,
             background_noise=background_noise,

@@ -1,14 +1,16 @@
-"""Files written whole or not at all, and hashes of files."""
+"""Files written whole or not at all, and hashes of files and tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dualdiff_engine.errors import OutputError
 
@@ -33,18 +35,24 @@ def sync(path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """Give the caller a temporary path; rename it to `path` if the block succeeds.
 
-    After a crash there is the old file or the new one, never a part. What lies at the temporary
-    path, a symlink included, is removed and not written through.
+    After a crash there is the old file or the new one, never a part. When the block is left, the
+    file is on the disk under its name: what is written next may rely on it. What lies at the
+    temporary path, a symlink included, is removed and not written through.
     Raises OutputError when the file cannot be written.
     """
     partial = partial_name(path)
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         yield partial
         # the machine may go down, too: the content is on the disk before it has the name
         sync(partial)
         partial.replace(path)
+        sync(folder)
+        if is_new:
+            sync(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
@@ -59,6 +67,16 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OutputError."""
     with written_whole(path) as partial:
         partial.write_bytes(content)
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of their names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dualdiff_engine.pair import Pair
+    from dualdiff_engine.pipeline.regions import RegionStatistics
 
 SHEET = "sheet.png"
 COLUMNS = 8
@@ -55,7 +56,19 @@ def filled(
         )
     preset = find(name)
     given = {key: value for key, value in options.items() if value is not None}
-    return str(BASE), preset.adapter, {**preset.options(), **given}
+    own = preset.options()
+    if "placement" in given:
+        # the user's pictures are their own backgrounds
+        own.pop("background", None)
+    return str(BASE), preset.adapter, {**own, **given}
+
+
+def statistics(name: str) -> RegionStatistics:
+    """Of the masks that a preset's adapter was trained with. Raises SettingsError."""
+    from dualdiff_engine.demo.train.adapters import training_masks
+    from dualdiff_engine.pipeline.regions import region_statistics
+
+    return region_statistics(training_masks(find(name)))
 
 
 def demo(

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,15 @@ from dualdiff_engine.cli.options import (
     Trust,
     Tune,
 )
+from dualdiff_engine.cli.placement import (
+    Edge,
+    Paste,
+    Pictures,
+    PlacementOptions,
+    Region,
+    RegionMasks,
+    repeated,
+)
 from dualdiff_engine.cli.train import train
 from dualdiff_engine.cli.tune import continued
 from dualdiff_engine.errors import (
@@ -81,6 +91,7 @@ _REMEDIES = {
     "allow_pickle=True": "--allow-pickle",
     "append=True": "--append",
     "background=Background(…)": "--background PICTURE",
+    "pass object_mask, or object_mask='all'": "pass --object-mask MASK, or --object-mask all",
     "exported=FOLDER": "--exported FOLDER",
     "pass trust=True (--trust)": "pass --trust",
 }
@@ -184,6 +195,11 @@ def generate(
     image_prompt: Prompt = None,
     anomaly_prompt: Prompt = None,
     negative_prompt: Prompt = None,
+    picture: Pictures = None,
+    region: Region = None,
+    region_masks: RegionMasks = None,
+    edge: Edge = None,
+    paste: Paste = None,
     background: Picture = None,
     object_mask: ObjectMask = None,
     background_noise: Noise = None,
@@ -202,11 +218,21 @@ def generate(
 ) -> None:
     """Draw pairs into a folder: image/, anomaly/, mask/, and manifest.jsonl with their recipes."""
     sampling = _given(steps=steps, guidance=guidance, scheduler=scheduler)
+    # of the background, if there is one, else of the pictures
+    of_pictures = picture is not None and background is None
     surroundings = _given(
-        object_mask=object_mask, noise=background_noise, noise_seed=background_noise_seed
+        object_mask=None if of_pictures else object_mask,
+        noise=background_noise,
+        noise_seed=background_noise_seed,
     )
+    placing = PlacementOptions(
+        picture, region, region_masks, object_mask if of_pictures else None, edge, paste
+    )
+    placements = placing.placements(partial(demos.statistics, demo) if demo else None)
+    chosen = _chosen_seeds(count, seeds, seed, len(placements) or 1)
     options: dict[str, Any] = {
-        **_chosen_seeds(count, seeds, seed),
+        **chosen,
+        "placement": repeated(placements, chosen),
         **_checked_sampling(sampling, size),
         "background": _surroundings(background, surroundings),
         "segmenter": segmenter,
@@ -243,15 +269,17 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _chosen_seeds(count: int | None, seeds: str | None, first: int | None) -> dict[str, Any]:
-    """The arguments of `Engine.stream` that select the pairs."""
+def _chosen_seeds(
+    count: int | None, seeds: str | None, first: int | None, default: int
+) -> dict[str, Any]:
+    """The arguments of `Engine.stream` that select the pairs; default: how many."""
     if seeds is not None:
         if count is not None or first is not None:
             raise SettingsError("--seeds already selects the pairs: leave out --count and --seed")
         return {"seeds": _listed(seeds)}
     if first is None:
-        return {"n": count or 1}
-    chosen = range(first, first + (count or 1))
+        return {"n": count or default}
+    chosen = range(first, first + (count or default))
     for seed in (chosen[0], chosen[-1]):
         settings.require_seed(seed)
     return {"seeds": chosen}
@@ -285,7 +313,10 @@ def _checked_sampling(given: dict[str, Any], size: str | None) -> dict[str, Any]
 def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | None:
     if picture is None:
         if given:
-            raise SettingsError("--object-mask and --background-noise… need --background PICTURE")
+            raise SettingsError(
+                "--object-mask and --background-noise… need --background PICTURE, or a mask of "
+                "--picture"
+            )
         return None
     from dualdiff_engine.pipeline.background import opened
 

@@ -25,7 +25,7 @@ from small import LEAST
 from support import DATA, Golden, golden_engine
 
 GRAPHS = {
-    "dual": {"denoiser", "text_encoder", "vae_decoder"},
+    "dual": {"denoiser", "text_encoder", "vae_decoder", "vae_encoder"},
     "bcm": {
         "denoiser_background",
         "background_encoder",
