@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualdiff_engine.device import is_out_of_memory, numerics
+from dualdiff_engine.device import enough_memory, is_out_of_memory, numerics, release_memory
 from dualdiff_engine.errors import PairError, SettingsError
 from dualdiff_engine.pair import (
     Fault,
@@ -27,7 +28,7 @@ from dualdiff_engine.pair import (
 from dualdiff_engine.pipeline import background as backgrounds
 from dualdiff_engine.pipeline import faults
 from dualdiff_engine.pipeline.background import Bank, BankOfEach, Surroundings
-from dualdiff_engine.pipeline.batches import Stderr
+from dualdiff_engine.pipeline.batches import SMALLER, Stderr
 from dualdiff_engine.pipeline.decode import decode
 from dualdiff_engine.pipeline.denoise import denoise, draw_latents
 from dualdiff_engine.pipeline.encode import PictureLatents
@@ -35,6 +36,8 @@ from dualdiff_engine.pipeline.faults import FiniteWatch
 from dualdiff_engine.pipeline.placement import Canvas, Placed
 from dualdiff_engine.pipeline.request import Request, Run
 from dualdiff_engine.pipeline.scores import attempt_seed, cut_to_change, scores_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,14 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
 
     Raises:
         PairError: A pair cannot be used.
-        OutOfMemoryError: Not even one pair fits.
+        OutOfMemoryError: Not even one pair fits, to be drawn or to be decoded.
         SettingsError: The adapter was switched, or the engine is in use by another caller.
     """
     if not request.pairs or run.interrupted():
         return
     encoded = PictureLatents(run.vae)
     with _networks(run):
-        text = _text(run, request)
+        text = _with_room(run, "while the prompts are encoded", lambda: _text(run, request))
     draws = [Draw(number, seed) for number, seed in request.pairs]
     total = request.schedule.calls * len(draws)
     with tqdm(total=total, disable=not request.progress, unit="call", file=Stderr()) as bar:
@@ -133,7 +136,11 @@ class _Road:
         _check_active(self.run)
         with _networks(self.run):
             count = self.run.batches.next(min(self.request.batch, len(draws)))
-            batch = _batch(self.run, self.request, self.encoded, draws[:count])
+            batch = _with_room(
+                self.run,
+                "while the background is encoded",
+                partial(_batch, self.run, self.request, self.encoded, draws[:count]),
+            )
             result = _denoise(self.run, self.request, self.text, batch, self.bar)
         if result is None:
             return None
@@ -146,9 +153,13 @@ class _Road:
         run, request, canvas = self.run, self.request, drawn.canvas
         fault = faults.of_latents(drawn.bad_step, run.dtype)
         if fault is None:
+            doing = "while a pair is decoded"
             with _networks(run):
-                image, anomaly = decode(run.vae, drawn.latents)
-                normal = None if canvas is None else self.encoded.rebuilt(canvas.pixels)
+                image, anomaly = _with_room(run, doing, lambda: decode(run.vae, drawn.latents))
+                normal = None
+                if canvas is not None:
+                    rebuilt = partial(self.encoded.rebuilt, canvas.pixels)
+                    normal = _with_room(run, doing, rebuilt)
             fault = faults.of_pictures(image, anomaly)
         if fault is None:
             yield _pair(request, drawn, image, anomaly, normal)
@@ -190,6 +201,25 @@ def _accepted(road: _Road, drawn: list[Drawn], attempts: int) -> Iterator[Pair]:
                     return
                 drawn += more
     yield from (best[n] for n in numbers if n in best)
+
+
+def _with_room(run: Run, doing: str, call: Callable[[], T]) -> T:
+    """Make a call that has no batch to halve; returns its result.
+
+    When memory runs out, what earlier calls left behind is freed: kept shares, and the blocks of
+    larger batches. Then the call is made once more. Raises OutOfMemoryError.
+    """
+    try:
+        return call()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # outside the handler, so that the failed call's tensors are gone
+    run.batches.freed(doing)
+    run.banks.release()
+    release_memory(run.device)
+    with enough_memory(doing, SMALLER):
+        return call()
 
 
 @contextmanager
@@ -280,15 +310,16 @@ def _denoise(
             step_end,
             batch.placed.blend(batch.noise, request.levels) if batch.placed else None,
         )
-    except (RuntimeError, MemoryError, OSError, ValueError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
+        message = str(error)
     else:
         run.batches.fitted()
         return None if clean is None else (clean, watch.first_bad())
     # outside the handler, so that the failed batch's tensors are gone
     bar.update(before - bar.n)
-    run.batches.failed(pairs)
+    run.batches.failed(pairs, message)
     return _denoise(run, request, text, batch.half(), bar)
 
 

@@ -65,9 +65,9 @@ class Run:
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class
     name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
     in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
-    background. is_active: whether the adapter is still the one that the denoiser holds.
-    interrupted: whether to stop after this step. busy: held while networks run. batches: which
-    batches fitted into memory.
+    background. prompts: drawn when a caller names none. is_active: whether the adapter is still the
+    one that the denoiser holds. interrupted: whether to stop after this step. busy: held while
+    networks run. batches: which batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -86,6 +86,7 @@ class Run:
     scheduler: str
     adapter: str | None
     trained_background: bool
+    prompts: Prompts
     facts: Facts
     is_active: Callable[[], bool]
     interrupted: Callable[[], bool]
@@ -201,7 +202,7 @@ def check(
     canvases = _canvases(run, placements, len(pairs), chosen, need_object=own)
     around = canvases if own and canvases else backgrounds.listed(background, len(pairs))
     surroundings = _surroundings(around, chosen, given)
-    parsed = Prompts.of(prompts)
+    parsed = run.prompts if prompts is None else Prompts.of(prompts)
     source = check_mask_source(mask, placed=canvases is not None)
     acceptance = Acceptance.of(accept, attempts, placed=canvases is not None)
     shared = describe(

@@ -24,7 +24,6 @@ import dualdiff_engine
 from dualdiff_engine import ops
 from dualdiff_engine.cli import main
 from dualdiff_engine.engine import Engine
-from dualdiff_engine.errors import OutOfMemoryError
 from dualdiff_engine.folder_writer import KINDS, MANIFEST, QUARANTINE, FolderWriter
 from dualdiff_engine.pipeline import generate as generation
 from support import DATA
@@ -567,10 +566,10 @@ def test_remedies_speak_of_options(
     assert "pass --background PICTURE" in complaint(capsys, *common)
 
     def fail(*_: object, **__: object) -> None:
-        raise OutOfMemoryError(4, 2)
+        raise RuntimeError("unable to mmap 16 bytes from file <x>: Cannot allocate memory (12)")
 
     monkeypatch.setattr(Engine, "from_pretrained", fail)
-    assert "pass --batch 2" in complaint(capsys, *common)
+    assert "out of memory: close other programs" in complaint(capsys, *common)
 
 
 def test_folders_that_cannot_be_written(
