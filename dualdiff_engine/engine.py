@@ -35,7 +35,7 @@ from dualdiff_engine.pair import Facts, Fault, Pair
 from dualdiff_engine.pipeline import generate as pipeline
 from dualdiff_engine.pipeline.background import BankStore
 from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock
-from dualdiff_engine.pipeline.generate import Resumed, Run
+from dualdiff_engine.pipeline.request import Resumed, Run, check
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
     Background,
@@ -301,6 +301,9 @@ class Engine:
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
         segmenter: str | Path | None = None,
+        mask: str = "anomaly",
+        accept: str | Mapping[str, float] | None = None,
+        attempts: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         on_fault: Callable[[Fault], None] | None = None,
@@ -329,6 +332,13 @@ class Engine:
             background_latents: [2, 4, h, w] (uncond, cond) in place of the encoded background.
             background_noise: [calls, 2, 4, h, w] in place of the draws.
             segmenter: An ONNX file that makes the masks, in place of the built-in threshold.
+            mask: What the mask is made from: the anomaly image; with a placement also the visible
+                change, "change", or the anomaly image where there is change, "both".
+            accept: Bounds that the pair's scores have to keep, such as {"min_area": 0.001}, or
+                "default"; see `pipeline.scores`. A pair that misses one is drawn again with other
+                noise of the same seed.
+            attempts: How often a pair is drawn at most, 1 to 64. Default: 4. Then the attempt that
+                misses fewest bounds is taken, with `accepted` False.
             output_type: "pil", "np" or "pt"; see `Pair`.
             callback_on_step_end: Called with (engine, step, timestep, {"latents": [B, 2, 4, h, w]})
                 after every step, as in diffusers; what it returns under "latents" goes on.
@@ -365,6 +375,9 @@ class Engine:
                 background_latents=background_latents,
                 background_noise=background_noise,
                 segmenter=segmenter,
+                mask=mask,
+                accept=accept,
+                attempts=attempts,
                 output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
                 on_fault=on_fault,
@@ -391,6 +404,9 @@ class Engine:
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
         segmenter: str | Path | None = None,
+        mask: str = "anomaly",
+        accept: str | Mapping[str, float] | None = None,
+        attempts: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         on_fault: Callable[[Fault], None] | None = None,
@@ -403,7 +419,7 @@ class Engine:
         run when the first pair is asked for.
         """
         run = self._run()
-        request = pipeline.check(
+        request = check(
             run,
             n,
             seeds,
@@ -416,6 +432,9 @@ class Engine:
             background_latents=background_latents,
             background_noise=background_noise,
             segmenter=segmenter,
+            mask=mask,
+            accept=accept,
+            attempts=attempts,
             output_type=output_type,
             callback=partial(callback_on_step_end, self) if callback_on_step_end else None,
             on_fault=on_fault,

@@ -53,8 +53,8 @@ class FolderWriter:
     A context manager: entering checks the folder before anything is computed, and locks it. A run
     that it holds is continued: hand the writer to `Engine.stream(resume=…)`, and only the missing
     pairs are drawn. A row has `index`, `files` (kind -> path relative to root, with slashes),
-    `seed`, `empty_mask` and `recipe`; it is written after its files. Pairs that came out
-    unusable are set aside in `root/quarantine.jsonl`, with the reason.
+    `seed`, `empty_mask`, `scores`, `accepted` and `recipe`; it is written after its files. Pairs
+    that came out unusable are set aside in `root/quarantine.jsonl`, with the reason.
 
     Args:
         root: The folder; made if it is not there.
@@ -74,8 +74,8 @@ class FolderWriter:
         self._next = 0
         self._manifest: io.FileIO | None = None
         self._rows: list[Row] = []
-        # rows whose pictures are gone or damaged, by seed: their pairs are drawn again
-        self._lost: dict[int, Row] = {}
+        # rows whose pictures are gone or damaged, by recipe and seed: their pairs are drawn again
+        self._lost: dict[tuple[str, int], Row] = {}
 
     def __enter__(self) -> FolderWriter:
         path = self.root / MANIFEST
@@ -122,44 +122,40 @@ class FolderWriter:
         own = [_key(identity(recipe)) for recipe in recipes]
         asked = own * len(seeds) if len(own) == 1 else own
         self._refuse_others(recipes, dict(zip(seeds, asked, strict=True)), free)
-        rows = [(_key(identity(row.recipe)), row) for row in self._rows]
-        ours = [(key, row) for key, row in rows if key in set(own)]
-        lost = [(key, row) for key, row in ours if not self._whole(row)]
-        self._lost = {row.seed: row for _, row in lost}
-        there = {(key, row.seed) for key, row in ours if row.seed not in self._lost}
+        rows, wanted = [(_key(identity(row.recipe)), row) for row in self._rows], set(own)
+        ours = [(key, row) for key, row in rows if key in wanted]
+        self._lost = {(key, row.seed): row for key, row in ours if not self._whole(row)}
+        there = {(key, row.seed) for key, row in ours} - self._lost.keys()
         gone = {(_key(identity(row.recipe)), row.seed) for row in self._quarantined()}
+        pairs = list(zip(asked, seeds, strict=True))
         if free:
             self.set_aside = 0
-            return self._fill_up(asked, seeds, there, lost, gone)
-        pairs = [(key, seed) for key, seed in zip(asked, seeds, strict=True)]
+            return self._fill_up(pairs, there, gone)
         self.present = len(there & set(pairs))
         self.set_aside = len(gone & set(pairs))
-        return [
-            (number, seed)
-            for number, (key, seed) in enumerate(pairs)
-            if (key, seed) not in there | gone
-        ]
+        done = there | gone
+        return [(number, pair[1]) for number, pair in enumerate(pairs) if pair not in done]
 
     def _fill_up(
         self,
-        asked: Sequence[str],
-        seeds: Sequence[int],
+        pairs: Sequence[tuple[str, int]],
         there: set[tuple[str, int]],
-        lost: Sequence[tuple[str, Row]],
         gone: set[tuple[str, int]],
     ) -> list[tuple[int, int]]:
         """Pairs to draw so that every recipe is there as often as it is asked for, by any seeds."""
-        counts = Counter(key for key, _ in there)
-        again = {key: [row.seed for k, row in lost if k == key] for key in set(asked)}
+        counts, done = Counter(key for key, _ in there), there | gone
+        again: dict[str, list[int]] = {key: [] for key, _ in pairs}
+        for key, seed in self._lost:
+            again[key].append(seed)
         wanted = []
-        for number, key in enumerate(asked):
+        for number, (key, seed) in enumerate(pairs):
             if counts[key]:
                 counts[key] -= 1
             elif again[key]:
                 wanted.append((number, again[key].pop(0)))
-            elif (key, seeds[number]) not in there | gone:
-                wanted.append((number, seeds[number]))
-        self.present = len(asked) - len(wanted)
+            elif (key, seed) not in done:
+                wanted.append((number, seed))
+        self.present = len(pairs) - len(wanted)
         return wanted
 
     def _refuse_others(
@@ -171,11 +167,11 @@ class FolderWriter:
         """
         if self.append:
             return
-        first = identity(recipes[0])
-        shared = identity(recipes[0], pictures=False)
+        first, shared = identity(recipes[0]), identity(recipes[0], pictures=False)
+        one_recipe = len(set(asked.values())) == 1
         for row in self._rows:
             theirs = identity(row.recipe)
-            if len(set(asked.values())) == 1:
+            if one_recipe:
                 others = differences(first, theirs)
             else:
                 others = differences(shared, identity(row.recipe, pictures=False))
@@ -202,11 +198,12 @@ class FolderWriter:
             OutputError: a file cannot be written.
         """
         assert self._manifest is not None, "use FolderWriter as a context manager"
-        lost = self._lost.pop(pair.seed, None)
+        lost = self._lost.pop((_key(identity(pair.recipe)), pair.seed), None)
         index = self._next if lost is None else lost.index
         files = {kind: f"{kind}/{index:05d}.png" for kind in KINDS}
         contents = {self.root / file: _encode(pair, kind) for kind, file in files.items()}
-        record = {name: getattr(pair, name) for name in ("seed", "empty_mask", "recipe")}
+        names = ("seed", "empty_mask", "scores", "accepted", "recipe")
+        record = {name: getattr(pair, name) for name in names}
         line = json.dumps({"index": index, "files": files, **record}).encode() + b"\n"
         self._check_manifest()
         end = os.fstat(self._manifest.fileno()).st_size

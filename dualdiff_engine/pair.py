@@ -18,11 +18,16 @@ from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import ChosenSampling, Prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-_PER_PAIR = {"seed", "mask"}
+_PER_PAIR = {"seed", "mask", "attempt"}
 _CIRCUMSTANCES = {"versions", "device", "backends"}
 # what pairs of one run may have of their own
 _PICTURES = ("background", "placement")
-_OLDER: Mapping[str, Any] = {"tf32": False, "placement": None}
+_OLDER: Mapping[str, Any] = {
+    "tf32": False,
+    "placement": None,
+    "mask_source": "anomaly",
+    "accept": None,
+}
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors")
 
 
@@ -39,6 +44,9 @@ class Pair:
         empty_mask: Whether the anomaly image shows no defect.
         full_mask: Whether the mask covers the whole picture, which no defect does.
         region: With a placement 255 where the defect was to go, as `mask`; else None.
+        scores: What the mask is worth; see `pipeline.scores.scores_of`.
+        accepted: Whether the scores are within the bounds of `accept`; None without bounds.
+        missed: The bounds that they are not within.
         recipe: Everything needed to reproduce the pair, JSON-ready.
     """
 
@@ -50,6 +58,9 @@ class Pair:
     recipe: dict[str, Any] = field(repr=False)
     full_mask: bool = False
     region: Any = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    accepted: bool | None = None
+    missed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,10 +156,12 @@ def describe(
     prompts: Prompts,
     given: list[str],
     segmenter: str | None,
+    mask_source: str,
+    accept: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """The part of a recipe that all pairs of a run share, JSON-ready: all but their pictures.
 
-    given: names of the tensors that replaced a draw.
+    given: names of the tensors that replaced a draw. accept: as from `Acceptance.record`.
     """
     return {
         "base": dict(facts.base),
@@ -162,4 +175,6 @@ def describe(
         "versions": versions(),
         "given": given,
         "segmenter": segmenter,
+        "mask_source": mask_source,
+        "accept": dict(accept) if accept else None,
     }

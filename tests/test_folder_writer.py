@@ -30,7 +30,7 @@ pair = SimpleNamespace(
     image=Image.effect_noise((64, 64), 50).convert("RGB"),
     anomaly=Image.effect_noise((64, 64), 50).convert("RGB"),
     mask=Image.new("L", (64, 64), 255),
-    seed=1, empty_mask=False, recipe={"filler": "x" * 5000},
+    seed=1, empty_mask=False, scores={}, accepted=None, recipe={"filler": "x" * 5000},
 )
 with FolderWriter(sys.argv[1]) as writer:
     while True:
@@ -302,6 +302,18 @@ def test_pairs_with_pictures_of_their_own_are_one_run(tmp_path: Path) -> None:
             writer.missing([own("a")], [7, 8], free=False)
     with FolderWriter(tmp_path, append=True) as writer:
         assert writer.missing([own("z")], [2], free=False) == [(0, 2)]
+
+
+def test_a_lost_pair_is_replaced_by_its_own_picture_only(tmp_path: Path) -> None:
+    """Two pairs of one seed on two pictures, of which one is damaged."""
+    with FolderWriter(tmp_path, append=True) as writer:
+        writer.write(placed(1, own("a")))
+        writer.write(placed(1, own("b")))
+        (tmp_path / "mask" / "00001.png").unlink()
+        assert writer.missing([own("c"), own("b")], [1, 2], free=False) == [(0, 1), (1, 2)]
+        assert writer.write(placed(1, own("c"))) == 2
+        assert writer.missing([own("b")], [1], free=False) == [(0, 1)]
+        assert writer.write(placed(1, own("b"))) == 1
 
 
 def test_free_seeds_fill_up_every_picture(tmp_path: Path) -> None:

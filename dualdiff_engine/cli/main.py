@@ -57,12 +57,16 @@ from dualdiff_engine.cli.options import (
     Tune,
 )
 from dualdiff_engine.cli.placement import (
+    Accept,
+    Attempts,
     Edge,
+    MaskFrom,
     Paste,
     Pictures,
     PlacementOptions,
     Region,
     RegionMasks,
+    bounds_of,
     repeated,
 )
 from dualdiff_engine.cli.train import train
@@ -210,6 +214,9 @@ def generate(
     cuda_graph: CudaGraph = None,
     tune: Tune = "auto",
     segmenter: Masker = None,
+    mask: MaskFrom = "anomaly",
+    accept: Accept = None,
+    attempts: Attempts = None,
     exported: Exported = None,
     trust: Trust = False,
     allow_pickle: AllowPickle = False,
@@ -236,6 +243,9 @@ def generate(
         **_checked_sampling(sampling, size),
         "background": _surroundings(background, surroundings),
         "segmenter": segmenter,
+        "mask": mask,
+        "accept": bounds_of(accept),
+        "attempts": attempts,
         "progress": not quiet,
     }
     words = _given(image=image_prompt, anomaly=anomaly_prompt, negative=negative_prompt)
@@ -328,9 +338,9 @@ def _write_pairs(
     engine: Engine, options: dict[str, Any], writer: FolderWriter, quiet: bool
 ) -> None:
     """Draw what the folder lacks. Raises typer.Exit unless every pair is there in the end."""
-    from dualdiff_engine.folder_writer import QUARANTINE
+    from dualdiff_engine.folder_writer import MANIFEST, QUARANTINE
 
-    written = empty = full = 0
+    written = empty = full = refused = 0
     with clean_stop(engine.interrupt) as stopped:
         pairs = engine.stream(**options, resume=writer, on_fault=writer.quarantine)
         # closed, the generator ends its progress bar, which would run over an error's line
@@ -340,7 +350,10 @@ def _write_pairs(
                 written += 1
                 empty += pair.empty_mask
                 full += pair.full_mask
+                refused += pair.accepted is False
     lines = [f"new pairs in {writer.root}: {written} (empty masks: {empty}, full masks: {full})"]
+    if refused:
+        lines.append(f"not accepted in any attempt: {refused}, see their rows in {MANIFEST}")
     if writer.present:
         lines.append(f"{writer.present} of {writer.present + written} pairs were already there")
     if writer.set_aside:

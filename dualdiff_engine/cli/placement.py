@@ -6,7 +6,7 @@ import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +47,26 @@ Edge = Annotated[
 Paste = Annotated[
     bool | None,
     typer.Option(help="Keep the normal picture's own pixels outside the region (default: paste)."),
+]
+
+
+MaskFrom = Annotated[
+    Literal["anomaly", "change", "both"],
+    typer.Option(
+        "--mask",
+        help="What masks are made from: the anomaly image; with --picture also the visible change, "
+        "or the anomaly image where there is change (both).",
+    ),
+]
+Accept = Annotated[
+    str | None,
+    typer.Option(
+        help="Draw pairs again whose scores miss a bound: 'default', or for example "
+        "min_area=0.001,max_change_outside=0.02."
+    ),
+]
+Attempts = Annotated[
+    int | None, typer.Option(help="With --accept: how often a pair is drawn at most (default: 4).")
 ]
 
 
@@ -119,6 +139,22 @@ def repeated(placements: Sequence[Placement], chosen: Mapping[str, Any]) -> list
     """One per pair, from the first again after the last; chosen: what selects the pairs."""
     pairs = len(chosen["seeds"]) if "seeds" in chosen else chosen["n"]
     return [placements[n % len(placements)] for n in range(pairs)] if placements else None
+
+
+def bounds_of(text: str | None) -> str | dict[str, float] | None:
+    """The bounds of `--accept`, for `Engine.stream`. Raises SettingsError."""
+    if text is None or text == "default":
+        return text
+    bounds = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            bounds[name.strip()] = float(value)
+        except ValueError as error:
+            raise SettingsError(
+                f"--accept: {part!r} is not a bound: write 'default' or min_area=0.001,…"
+            ) from error
+    return bounds
 
 
 def pictures_of(text: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Pictures -> latents."""
+"""Pictures -> latents, each distinct one once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualdiff_engine.pipeline.decode import decoded
+
 # latents of as many pictures are kept: 64 KiB each at 512 x 512
 MOST_KEPT = 256
+# what the VAE makes of them: 3 MiB each
+MOST_REBUILT = 16
+# (sha256, height, width)
+_Key = tuple[str, int, int]
 
 
 def digest(pixels: np.ndarray) -> str:
@@ -31,29 +37,41 @@ def posterior_mean(vae: Any, picture: Tensor) -> Tensor:
 
 
 class PictureLatents:
-    """Encodes every distinct picture once, as long as it is among the last `MOST_KEPT`."""
+    """Encodes every distinct picture once, as long as it is among the last ones."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
-        self._kept: OrderedDict[tuple[str, int, int], Tensor] = OrderedDict()
+        self._kept: OrderedDict[_Key, Tensor] = OrderedDict()
+        self._rebuilt: OrderedDict[_Key, Tensor] = OrderedDict()
 
     def of(self, pixels: np.ndarray) -> Tensor:
         """`posterior_mean` of a picture uint8 [H, W, 3]."""
-        height, width, _ = pixels.shape
 
-        def picture() -> Tensor:
-            return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+        def encoded() -> Tensor:
+            picture = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+            return posterior_mean(self._vae, picture)
 
-        return self._encoded((digest(pixels), height, width), picture)
+        return _once(self._kept, MOST_KEPT, (digest(pixels), *pixels.shape[:2]), encoded)
+
+    def rebuilt(self, pixels: np.ndarray) -> Tensor:
+        """A picture as the VAE decodes its latents again, [3, H, W] fp32 in [0, 1] on the CPU."""
+        key = (digest(pixels), *pixels.shape[:2])
+        return _once(self._rebuilt, MOST_REBUILT, key, lambda: decoded(self._vae, self.of(pixels)))
 
     def grey(self, height: int, width: int) -> Tensor:
         """`posterior_mean` of a mid-grey picture, which no uint8 picture is."""
-        return self._encoded(("grey", height, width), lambda: torch.zeros(3, height, width))
+        grey = torch.zeros(3, height, width)
+        key = ("grey", height, width)
+        return _once(self._kept, MOST_KEPT, key, lambda: posterior_mean(self._vae, grey))
 
-    def _encoded(self, key: tuple[str, int, int], picture: Callable[[], Tensor]) -> Tensor:
-        if key not in self._kept:
-            self._kept[key] = posterior_mean(self._vae, picture())
-        self._kept.move_to_end(key)
-        if len(self._kept) > MOST_KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+
+def _once(
+    kept: OrderedDict[_Key, Tensor], most: int, key: _Key, make: Callable[[], Tensor]
+) -> Tensor:
+    """What was made under a key before, if it is among the last; else made now."""
+    if key not in kept:
+        kept[key] = make()
+    kept.move_to_end(key)
+    if len(kept) > most:
+        kept.popitem(last=False)
+    return kept[key]

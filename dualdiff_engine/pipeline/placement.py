@@ -70,6 +70,12 @@ class Canvas:
         return torch.from_numpy(self.pixels).permute(2, 0, 1).float() / 255
 
     @property
+    def statistics(self) -> RegionStatistics | None:
+        """Of real masks, where the region was sampled by them."""
+        region = self.placement.region
+        return region if isinstance(region, RegionStatistics) else None
+
+    @property
     def mask(self) -> NDArray[np.uint8]:
         """The region, uint8 [H, W], 255 inside."""
         return np.where(self.region, np.uint8(255), np.uint8(0))

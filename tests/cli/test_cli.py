@@ -315,6 +315,19 @@ def test_regions_are_sampled_like_masks(normal: Path, converted: Path, tmp_path:
         assert recipe["placement"]["paste"] is False
 
 
+def test_pairs_are_drawn_again(
+    normal: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--picture", normal / "good/000.png", "--region", normal / "regions/000.png")
+    bounds = ("--mask", "both", "--accept", "min_area=1", "--attempts", 2, "--seed", 5)
+    assert generate(DUAL, tmp_path, *FAST, *given, *bounds) == 0
+    (row,) = rows(tmp_path)
+    assert row["accepted"] is False
+    assert row["recipe"]["accept"] == {"min_area": 1.0, "attempts": 2}
+    assert row["recipe"]["mask_source"] == "both"
+    assert "not accepted in any attempt: 1" in capfd.readouterr().out
+
+
 def test_demo_regions_are_those_of_its_training() -> None:
     from dualdiff_engine.cli.demo import statistics
 
@@ -335,6 +348,7 @@ def test_demo_regions_are_those_of_its_training() -> None:
         ("--picture {n}/good --region {n}/objects --edge 99", "edge must be from 0 to 16"),
         ("--picture {n}/good --region {n}", "--region: {n} has no mask of 000.png: add 000_mask"),
         ("--picture {n}/good --region-masks {n}", "--region-masks: {n} holds no pictures"),
+        ("--accept good", "--accept: 'good' is not a bound: write 'default' or min_area"),
         (
             "--picture {n}/good --region {n}/regions --object-mask none",
             "--object-mask: no file or folder 'none'",

@@ -23,10 +23,11 @@ from dualdiff_engine import (
     SettingsError,
 )
 from dualdiff_engine.base_model.schedulers import Schedulers
+from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.pipeline.blend import noise_levels
 from dualdiff_engine.pipeline.encode import PictureLatents
 from dualdiff_engine.pipeline.placement import edge_weight, pooled
-from support import DATA, golden_engine
+from support import DATA, Recorder, golden_engine
 
 SCHEDULERS = Schedulers(DATA / "dual" / "model" / "scheduler" / "scheduler_config.json")
 NAMES = sorted(set(SCHEDULERS._kinds) - {"DPMSolverSDEScheduler"})
@@ -268,6 +269,18 @@ def test_a_batch_that_is_halved_keeps_its_placements(
     monkeypatch.setattr(type(engine.unet), "forward", small)
     pairs = engine.generate(seeds=range(3), batch=3, placement=each, **options)
     for one, other in zip(expected, pairs, strict=True):
+        assert np.array_equal(pixels(one), pixels(other))
+
+
+def test_graphs_draw_the_same_pairs() -> None:
+    """A recorder stands for the capture; every pair has its own background."""
+    plain, graphed = golden_engine("bcm"), golden_engine("bcm")
+    graphed.denoiser = GraphedDenoiser(graphed.unet, Recorder())
+    each = [placed(seed) for seed in range(2)]
+    for one, other in zip(
+        *(e.generate(seeds=range(2), batch=2, placement=each, **QUICK) for e in (plain, graphed)),
+        strict=True,
+    ):
         assert np.array_equal(pixels(one), pixels(other))
 
 
