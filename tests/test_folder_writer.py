@@ -203,7 +203,10 @@ def test_a_row_that_lost_only_its_end_of_line_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[]", b"{}", b'{"index": -1}', b'{"index": true}', b"\xff", b"[" * 99_999],
+    [
+        *(b"", b"{", b"[]", b"{}", b'{"index": -1}', b'{"index": true}', b"\xff", b"[" * 99_999),
+        *(b'{"index": 1, "files": 7}', b'{"index": 1, "seed": 2, "recipe": {"seed": 3}}'),
+    ],
     ids=lambda line: line.decode("latin-1")[:16],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, line: bytes) -> None:
@@ -213,6 +216,12 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: bytes) -> None:
     manifest.write_bytes(damaged)
     assert f"{manifest}: line 2 is damaged" in refusal(tmp_path)
     assert manifest.read_bytes() == damaged
+
+
+def test_a_row_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    manifest = written(tmp_path, 1, 2) / MANIFEST
+    manifest.write_bytes(manifest.read_bytes() + manifest.read_bytes().splitlines()[0] + b"\n")
+    assert f"{manifest}: line 3 lists pair 0 again" in refusal(tmp_path)
 
 
 def test_files_of_an_unfinished_pair_are_replaced(tmp_path: Path) -> None:

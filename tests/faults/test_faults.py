@@ -1,0 +1,121 @@
+"""Seeded faults: every one ends in a result or in one line, none hangs, none fills the memory.
+
+The gate tries a few of each kind. `make faults` tries all and writes the record that the table in
+docs/faults.md is made from. `DUALDIFF_FAULTS="adapter:17" pytest tests/faults` tries one again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dualdiff_engine.bench import machine
+from fault_lab import REFUSED, RESULT, Lab, Try
+
+RECORD = Path(__file__).parents[2] / "bench" / "results" / "faults.json"
+ASKED = os.environ.get("DUALDIFF_FAULTS", "")
+FULL = ASKED == "full"
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="forks, and reads memory as Linux counts it"
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """title: for the table. gate, full: how many are tried."""
+
+    title: str
+    gate: int
+    full: int
+
+
+KINDS = {
+    "adapter": Kind("An adapter file is damaged", 60, 600),
+    "base": Kind("A file of a base model folder is damaged, gone or not a file", 10, 400),
+    "picture": Kind("A picture or mask is damaged, or unpacks to very much", 120, 1200),
+    "manifest": Kind("A manifest, or a picture that it lists, is damaged", 30, 200),
+    "state": Kind("The state of a training run is damaged", 4, 60),
+    "kill generate": Kind("`dualdiff generate` is killed (SIGKILL), then continued", 2, 60),
+    "kill train": Kind("`dualdiff train` is killed (SIGKILL), then continued", 1, 60),
+    "kill command generate": Kind("The same, started from a shell: `generate`", 0, 4),
+    "kill command train": Kind("The same, started from a shell: `train`", 0, 3),
+    "full disk generate": Kind("The disk is full under `generate`, then continued", 2, 20),
+    "full disk train": Kind("The disk is full under `train`, then continued", 0, 15),
+    "quota generate": Kind("The quota is used up under `generate`, then continued", 1, 10),
+    "quota train": Kind("The quota is used up under `train`, then continued", 0, 8),
+    "read-only": Kind("The disk is read-only, then continued", 1, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    at_once = len(os.sched_getaffinity(0)) if FULL else 1
+    with Lab(tmp_path_factory.mktemp("lab"), at_once) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def record() -> Iterator[dict[str, Any]]:
+    """Rows by kind; the full form writes them when all kinds are there."""
+    rows: dict[str, Any] = {}
+    yield rows
+    if FULL and rows.keys() == KINDS.keys():
+        content = {**machine.facts("cpu"), "faults": [rows[kind] for kind in KINDS]}
+        RECORD.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def seeds_of(kind: str) -> list[int]:
+    if ":" in ASKED:
+        name, _, numbers = ASKED.partition(":")
+        return [int(number) for number in numbers.split(",")] if name == kind else []
+    return list(range(KINDS[kind].full if FULL else KINDS[kind].gate))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fault_ends_in_a_result_or_in_one_line(
+    kind: str, lab: Lab, record: dict[str, Any]
+) -> None:
+    seeds = seeds_of(kind)
+    if not seeds:
+        pytest.skip("tried by `make faults`")
+    tries = lab.tries(kind, seeds)
+    for one in tries:
+        print(f"{one.seed:4} {one.seconds:5.2f} s {one.mib:5.0f} MiB  {one.fault}: {one.message}")
+    bad = [one for one in tries if one.end not in (RESULT, REFUSED)]
+    assert not bad, "\n\n".join(told(one) for one in bad)
+    record[kind] = row(kind, tries)
+
+
+def told(one: Try) -> str:
+    return f"{one.kind}:{one.seed} ({one.fault}): {one.end}\n{one.message}"
+
+
+def row(kind: str, tries: list[Try]) -> dict[str, Any]:
+    ends = [one.end for one in tries]
+    return {
+        "fault": KINDS[kind].title,
+        "tried": len(tries),
+        "refused": ends.count(REFUSED),
+        "result": ends.count(RESULT),
+        "seconds": round(max(one.seconds for one in tries), 1),
+        "mib": round(max(one.mib for one in tries)),
+    }
+
+
+def test_the_record_has_every_kind_and_enough_of_each() -> None:
+    rows = {row["fault"]: row for row in json.loads(RECORD.read_text("utf-8"))["faults"]}
+    assert list(rows) == [kind.title for kind in KINDS.values()]
+    for kind in KINDS.values():
+        found = rows[kind.title]
+        assert found["tried"] == kind.full == found["refused"] + found["result"]
+        assert found["seconds"] <= 10
+        assert found["mib"] <= 1536
