@@ -220,6 +220,10 @@ class FolderWriter:
         for name in (*KINDS, MANIFEST, QUARANTINE):
             if (self.root / name).is_symlink():
                 raise OutputError(f"{self.root / name} is a symbolic link: choose another folder")
+        for path in (self.root / MANIFEST, self.root / QUARANTINE):
+            # a pipe would be waited for
+            if path.exists() and not path.is_file():
+                raise OutputError(f"{path} is not a regular file: choose another folder")
         for kind in KINDS:
             (self.root / kind).mkdir(exist_ok=True)
             if not os.access(self.root / kind, os.W_OK | os.X_OK):

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dualdiff_engine.errors import OutputError, SettingsError
-from dualdiff_engine.folder_writer import KINDS, MANIFEST, FolderWriter
+from dualdiff_engine.folder_writer import KINDS, MANIFEST, QUARANTINE, FolderWriter
 from dualdiff_engine.pair import Pair
 
 WRITE_FOREVER = """
@@ -141,6 +141,13 @@ def test_the_folder_itself_may_be_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     written(tmp_path / "out", 1)
     assert listing(tmp_path / "disk") == expected(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", [MANIFEST, QUARANTINE])
+def test_a_pipe_in_place_of_a_manifest_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert f"{tmp_path / name} is not a regular file" in refusal(tmp_path)
 
 
 def test_pictures_of_others_are_not_overwritten(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Whatever else it raises is a fault of the package.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import random
@@ -45,6 +46,14 @@ DRAWN: dict[str, Any] = {"seeds": [3], "steps": 1, "size": 32}
 THERE, ASKED = (5, 6, 7), (5, 6, 7, 8)
 
 
+@functools.cache
+def engine_of(case: str) -> Engine:
+    """A golden engine that has drawn once, so that its children find all libraries loaded."""
+    engine = golden_engine(case)
+    _drawn(engine, case)
+    return engine
+
+
 class Kind:
     """folder: for what all tries share, and for one folder each."""
 
@@ -71,12 +80,10 @@ class Adapters(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.engines = {}
         for case in CASES:
-            engine = self.engines[case] = golden_engine(case)
             adapters.convert(DATA / case / "adapter", folder / f"{case}.safetensors")
             shutil.copy(DATA / case / "adapter/pytorch_lora_weights.bin", folder / f"{case}.bin")
-            _drawn(engine, case)
+            engine_of(case)
 
     def _path(self, seed: int, folder: Path) -> Path:
         suffix = "bin" if seed % 5 == 4 else "safetensors"
@@ -90,7 +97,7 @@ class Adapters(Kind):
 
     def use(self, seed: int, folder: Path) -> None:
         path = self._path(seed, folder)
-        engine = self.engines[path.stem]
+        engine = engine_of(path.stem)
         engine.keep_adapter(adapters.load(path, allow_pickle=True), "mutated")
         _drawn(engine, path.stem)
         assert not hostile_adapters.must_be_refused(self.fault), "this adapter drew"
@@ -103,7 +110,7 @@ class Bases(Kind):
         super().__init__(folder)
         self.adapters = {case: adapters.load(DATA / case / "adapter", allow_pickle=True)
                          for case in CASES}  # fmt: skip
-        self.good = {case: self._pair(DATA / case / "model", case) for case in CASES}
+        self.good = {case: _drawn(engine_of(case), case) for case in CASES}
 
     def _pair(self, base: Path, case: str) -> Any:
         with Engine.from_pretrained(base) as engine:
@@ -168,8 +175,7 @@ class Manifests(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        with golden_engine("dual") as engine:
-            made = engine.generate(seeds=ASKED, steps=1, size=32)
+        made = engine_of("dual").generate(seeds=ASKED, steps=1, size=32)
         self.pairs = {pair.seed: pair for pair in made}
         with FolderWriter(folder / "whole") as writer:
             for seed in THERE:
@@ -251,8 +257,7 @@ class Run(Kind):
         super().__init__(folder)
         self.data = write_data(folder / "data", 2)
         # libraries that a child would else import again and again
-        with golden_engine("dual") as engine:
-            _drawn(engine, "dual")
+        engine_of("dual")
         draw_curve(folder / "curve.png", torch.rand(3, 2))
         started = time.monotonic()
         runs.finish(self.words(folder / "whole"), folder / "errors")

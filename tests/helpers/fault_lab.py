@@ -151,8 +151,12 @@ def _start(kind: Any, seed: int) -> _Child:
         os.close(read)
         # grandchildren that outlive a killed try go with it
         os.setpgid(0, 0)
-        _try(kind, seed, folder, write)
-        os._exit(0)
+        code = 1
+        try:
+            _try(kind, seed, folder, write)
+            code = 0
+        finally:
+            os._exit(code)
     os.close(write)
     return _Child(seed, pid, read, folder, time.monotonic())
 

@@ -51,7 +51,7 @@ def damaged_bytes(content: bytes, chance: random.Random) -> tuple[str, bytes]:
     elif kind == "remove":
         del changed[at : at + length]
     elif kind == "double":
-        changed += changed
+        changed *= 2
     else:
         changed[:] = {"empty": b"", "pointer": LFS_POINTER, "deep": DEEP}[kind]
     return f"bytes: {kind} at {at}", bytes(changed)
