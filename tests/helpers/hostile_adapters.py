@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hostile_bases import DEEP, LFS_POINTER, VALUES
@@ -135,6 +136,8 @@ TENSORS = {
 
 def _tensors(path: Path, chance: random.Random) -> str:
     tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
     kind = chance.choice(sorted(TENSORS))
     name = chance.choice(sorted(tensors))
     tensor = tensors[name].clone()
@@ -162,7 +165,7 @@ def _tensors(path: Path, chance: random.Random) -> str:
             "rounded": lambda: tensor.to(torch.bfloat16),
             "doubles": lambda: tensor.to(torch.float64),
         }[kind]()
-    save_file(tensors, path)
+    save_file(tensors, path, metadata)
     return f"tensors: {kind} {name}"
 
 
