@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.errors import DualDiffError, SettingsError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -132,6 +132,37 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError | OSError | ValueError)
         and _OUT_OF_MEMORY.search(str(error)) is not None
     )
+
+
+# errors after which every call on the GPU fails until the process ends, in the words and names of
+# CUDA (CUDA Runtime API, cudaError: those that leave the process in an inconsistent state)
+_LOST = re.compile(
+    r"illegal memory access|device-side assert|unspecified launch failure|illegal instruction"
+    r"|misaligned address|invalid program counter|hardware stack error|launch timed out"
+    r"|not supported on global/shared address space|uncorrectable (ECC|NVLink) error"
+    r"|(cudaError|CUDA_ERROR_)(Illegal|ILLEGAL_|Launch(Failure|Timeout)|LAUNCH_(FAILED|TIMEOUT)"
+    r"|Assert|ASSERT|Misaligned|MISALIGNED_|InvalidPc|INVALID_PC|HardwareStack|HARDWARE_STACK"
+    r"|InvalidAddressSpace|INVALID_ADDRESS_SPACE|ECC)"
+)
+
+
+def is_device_lost(error: BaseException, device: torch.device) -> bool:
+    """Whether the GPU can only be used again by another process.
+
+    Our own errors are not looked at, what they were raised from is: they quote their callers.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if not isinstance(link, DualDiffError) and _LOST.search(str(link)):
+            return True
+        link = link.__cause__ or link.__context__
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def spare_bytes(device: torch.device) -> int:

@@ -57,7 +57,13 @@ def runtime(name: str) -> Any:
             f"no runtime {name!r} is installed: install dualdiff-engine again with pip, or choose "
             f"of {', '.join(runtimes()) or 'none'}"
         )
-    return runtimes()[name].load()
+    try:
+        return runtimes()[name].load()
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"runtime {name!r} needs the package {error.name!r}: pip install "
+            "'dualdiff-engine[onnx]', or [ort-gpu] for NVIDIA GPUs"
+        ) from error
 
 
 class Engine:

@@ -33,18 +33,24 @@ def sync(path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """Give the caller a temporary path; rename it to `path` if the block succeeds.
 
-    After a crash there is the old file or the new one, never a part. What lies at the temporary
-    path, a symlink included, is removed and not written through.
+    After a crash there is the old file or the new one, never a part. When the block is left, the
+    file is on the disk under its name: what is written next may rely on it. What lies at the
+    temporary path, a symlink included, is removed and not written through.
     Raises OutputError when the file cannot be written.
     """
     partial = partial_name(path)
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         yield partial
         # the machine may go down, too: the content is on the disk before it has the name
         sync(partial)
         partial.replace(path)
+        sync(folder)
+        if is_new:
+            sync(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,7 +35,9 @@ def taken(
     if limit_s is not None:
         tuning.tune(network, device, dtype, pairs, limit_s)
     bound = ops.bind(device=device, dtype=dtype)
+    start = time.perf_counter()
     chosen = tuning.settle(bound, network, device, dtype, pairs, "never")[0].recorded
+    print(f"auto: choices read in {1e3 * (time.perf_counter() - start):.1f} ms", flush=True)
     one, many = trace(model, 1, background=background), trace(model, pairs, background=background)
     found = {}
     for spec, batched in zip(one, many, strict=True):

@@ -17,7 +17,7 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -118,13 +118,17 @@ def read(path: Path) -> dict[str, Tensor]:
         tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not tensors:
         raise AdapterError(f"{path.name!r} holds no tensors: check that it is the right file")
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(
-                f"{path.name!r}: {name} holds NaN or infinity; the training diverged or the file "
-                "is damaged: use an earlier checkpoint"
-            )
+    if name := not_finite(tensors):
+        raise AdapterError(
+            f"{path.name!r}: {name} holds NaN or infinity; the training diverged or the file is "
+            "damaged: use an earlier checkpoint"
+        )
     return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity, if there is one."""
+    return next((n for n, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
 
 
 def sha256(path: Path) -> str:
@@ -133,7 +137,16 @@ def sha256(path: Path) -> str:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `.safetensors` so that a crash leaves the old file or none. Raises OutputError."""
+    """Write `.safetensors` so that a crash leaves the old file or none.
+
+    Raises AdapterError, before anything is written, for NaN or infinity, and OutputError.
+    """
+    if name := not_finite(tensors):
+        dtype = str(tensors[name].dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{str(path)!r} is not written: {name} holds NaN or infinity in {dtype}; float16 ends "
+            "at 65504, so save as float32, or use an earlier checkpoint if the training diverged"
+        )
     # safetensors refuses shared memory, and would lose the sign of a negated view
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     with written_whole(path) as partial:

@@ -120,11 +120,19 @@ def budget(eager: Tensor, exact: Tensor, terms: int, room: float = 1.0) -> Loss:
     """What a result may lose: as plain PyTorch in that dtype, or a sum in turn; and a rounding.
 
     eager: the op in plain PyTorch, in the candidate's dtype. exact: in fp64. terms: of the longest
-    sum. room: see ROOM.
+    sum. room: see ROOM. A sum in turn is off by one deviation on the whole; the worst of N rows by
+    sqrt(2 ln N) of them.
     """
     # storing the result alone costs up to half a unit in the last place
     band = torch.finfo(eager.dtype).eps / 2
-    return Loss(*(room * max(lost, in_turn(terms)) + band for lost in loss(eager, exact)))
+    rows = exact.numel() // exact.shape[1 if exact.dim() == 4 else -1]
+    worst = max(1.0, math.sqrt(2 * math.log(rows)))
+    lost, summed = loss(eager, exact), in_turn(terms)
+    return Loss(
+        whole=room * max(lost.whole, summed) + band,
+        row=room * max(lost.row, summed * worst) + band,
+        gain=room * max(lost.gain, summed * worst) + band,
+    )
 
 
 def terms(op: str, arguments: Sequence[Any]) -> int:

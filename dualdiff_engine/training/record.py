@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from dualdiff_engine import adapters
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.files import write_whole
-from dualdiff_engine.pair import versions
+from dualdiff_engine.pair import Fault, versions
 from dualdiff_engine.settings import BRANCHES, Background
 from dualdiff_engine.training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 RECORD, CURVE, SHEET = "training.json", "loss.png", "sheet.png"
 # of the loss curve in the record
@@ -93,25 +97,32 @@ def draw_sheet(
 ) -> None:
     """Pairs of the engine with an adapter: image, anomaly picture, mask, a column per seed.
 
-    size: pixels of a side. place: device and dtype. backgrounds: taken in turn, empty for none.
+    size: pixels of a side. place: device and dtype. backgrounds: taken in turn, empty for none. The
+    column of a pair that cannot be used stays white: a sheet is to look at, the run goes on.
     """
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.pictures import grid, overlay
 
     columns = []
+    faults: list[Fault] = []
     with Engine.from_pretrained(
         base, adapter=adapter, device=place[0], dtype=place[1], max_batch=1
     ) as engine:
         for seed in range(options.samples):
             surroundings = backgrounds[seed % len(backgrounds)] if backgrounds else None
-            (pair,) = engine.generate(
+            pairs = engine.generate(
                 [seed],
                 steps=options.sample_steps,
                 size=size,
                 prompts=(options.image_prompt, options.anomaly_prompt),
                 background=surroundings,
+                on_fault=faults.append,
             )
-            columns.append([pair.image, pair.anomaly, overlay(pair.image, pair.mask)])
+            columns += [[p.image, p.anomaly, overlay(p.image, p.mask)] for p in pairs] or [
+                [Image.new("RGB", (size, size), "white")] * 3
+            ]
+    for fault in faults:
+        logger.warning("%s: no pair of seed %d: %s", path, fault.seed, fault.reason)
     buffer = io.BytesIO()
     grid(columns).save(buffer, "PNG")
     write_whole(path, buffer.getvalue())

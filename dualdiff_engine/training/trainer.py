@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.device import device_of, dtype_of, is_out_of_memory, keep_freed_blocks
 from dualdiff_engine.errors import BaseModelError, OutputError, SettingsError, TrainingError
 from dualdiff_engine.folder_writer import lock
+from dualdiff_engine.settings import BRANCHES
 from dualdiff_engine.training import data as folders
 from dualdiff_engine.training import record, state
 from dualdiff_engine.training.latents import Draw, LatentSet, encode
@@ -72,14 +74,16 @@ def train_adapter(
         SettingsError: an option does not fit the base, or the folder holds another run.
         BaseModelError: the base model is missing, incomplete or not supported.
         OutputError: the folder cannot be written, or another run is writing to it.
-        TrainingError: out of memory, or the loss is not finite.
+        TrainingError: out of memory, or a loss, gradient, parameter or moment is not finite.
+        AdapterError: the adapter does not fit into `save_dtype`.
     """
     try:
         # the caller may be in inference mode
         with torch.inference_mode(False), torch.enable_grad():
             return _Run(base, data, Path(output), options, progress).train(should_stop)
     except Exception as error:
-        if not is_out_of_memory(error):
+        # one of ours says already what ran out
+        if isinstance(error, TrainingError) or not is_out_of_memory(error):
             raise
         raise TrainingError(
             "out of memory: use a smaller batch (and accumulate more), gradient_checkpointing, "
@@ -202,13 +206,12 @@ class _Run:
             losses = self._losses(part) / options.accumulate
             losses.sum().backward()
             total += losses.detach().cpu()
-        if not total.isfinite().all():
-            raise TrainingError(
-                f"the loss is not finite at step {step + 1}: use a lower learning_rate or dtype "
-                "float32; the last saved state is kept"
-            )
-        if options.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters.values(), options.max_grad_norm)
+        _require_finite("loss", total, step, total)
+        # infinity clips nothing: the factor is 1
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters.values(), options.max_grad_norm or math.inf
+        )
+        _require_finite("gradient", norm, step, total)
         for group in self.optimizer.param_groups:
             group["lr"] = options.rate(step)
         self.optimizer.step()
@@ -240,31 +243,49 @@ class _Run:
         return F.mse_loss(predicted, target, reduction="none").flatten(1).mean(1)
 
     def _write(self, done: int, stopping: bool) -> None:
-        """Save what is due after `done` steps."""
+        """Save what is due after `done` steps: the state last.
+
+        A run that is killed in between is resumed from the state before, comes here again, and
+        writes the same files. Once the state is there, so is everything that is older.
+        """
         options = self.options
-        if stopping or done % options.checkpoint_every == 0 or done == options.steps:
-            parameters = self.network.parameters
-            state.save(self.state, parameters, self.optimizer, self.losses, self.bound)
-            record.draw_curve(self.output / record.CURVE, self.losses)
-        if options.sample_every and done % options.sample_every == 0:
+        kept = options.sample_every and done % options.sample_every == 0
+        saved = stopping or done % options.checkpoint_every == 0 or done == options.steps
+        if not kept and not saved:
+            return
+        state.require_finite(self.network.parameters, self.optimizer, self.losses)
+        if kept:
             folder = self.output / f"checkpoint-{done}"
             self._save_adapter(folder / ADAPTER)
             self._draw_sheet(folder)
+        if saved:
+            record.draw_curve(self.output / record.CURVE, self.losses)
+            parameters = self.network.parameters
+            state.save(self.state, parameters, self.optimizer, self.losses, self.bound)
 
     def _save_adapter(self, path: Path) -> None:
         dtype = getattr(torch, self.options.save_dtype)
         adapter_files.write(path, self.network.tensors(dtype))
 
     def _draw_sheet(self, folder: Path) -> None:
-        record.draw_sheet(
-            folder / record.SHEET,
-            self.base.source,
-            folder / ADAPTER,
-            self.options,
-            self.size,
-            (str(self.device), str(self.dtype)),
-            self.surroundings,
-        )
+        try:
+            record.draw_sheet(
+                folder / record.SHEET,
+                self.base.source,
+                folder / ADAPTER,
+                self.options,
+                self.size,
+                (str(self.device), str(self.dtype)),
+                self.surroundings,
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # the options that make training smaller do not help here
+            raise TrainingError(
+                f"out of memory while the pairs of {folder.name} were drawn: resume with "
+                "sample_every=0; the last saved state is kept"
+            ) from error
 
     def _finish(self) -> Path:
         path = self.output / ADAPTER
@@ -272,6 +293,16 @@ class _Run:
         made = {"options": asdict(self.options), **self.place, "data": self.files}
         record.write(self.output, path, self.base, made, self.losses)
         return path
+
+
+def _require_finite(what: str, value: Tensor, step: int, losses: Tensor) -> None:
+    """Raises TrainingError; step is counted from 0."""
+    if not value.isfinite().all():
+        told = ", ".join(f"{b} {v:.4g}" for b, v in zip(BRANCHES, losses.tolist(), strict=True))
+        raise TrainingError(
+            f"the {what} is not finite at step {step + 1}: use a lower learning_rate or dtype "
+            f"float32, in another folder (losses: {told}); the last saved state is kept"
+        )
 
 
 def _by_branch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -15,8 +16,6 @@ from dualdiff_engine.export.graph.write import new_folder
 # a file of the model's warmup folder: the number one, as INT32
 ONE = "one"
 MODEL = Path(__file__).with_name("triton_model.py")
-# read by the model
-TRUST = 'parameters [ { key: "trust" value: { string_value: "true" } } ]'
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,14 @@ def write_repository(bundle: str | Path, out: str | Path, serving: Serving | Non
 
 def config(manifest: dict[str, Any], serving: Serving) -> str:
     """config.pbtxt, as of the server's model_config.proto."""
-    background = manifest["adapters"][manifest["first"]]["background"]
+    first = manifest["first"]
     inputs = [
         ("SEED", "TYPE_INT64", "1", False),
         ("STEPS", "TYPE_INT32", "1", True),
         ("GUIDANCE", "TYPE_FP32", "1", True),
         ("ADAPTER", "TYPE_STRING", "1", True),
-        ("BACKGROUND", "TYPE_UINT8", "-1, -1, 3", not background),
+        # which adapters need it, and which refuse it, the model says
+        ("BACKGROUND", "TYPE_UINT8", "-1, -1, 3", True),
     ]
     outputs = [
         ("IMAGE", "TYPE_UINT8", "-1, -1, 3"),
@@ -114,10 +114,17 @@ def config(manifest: dict[str, Any], serving: Serving) -> str:
         ),
         f"instance_group [ {{ count: {serving.instances} kind: KIND_{serving.device.upper()} }} ]",
         f"dynamic_batching {{ max_queue_delay_microseconds: {serving.delay_us} }}",
-        *([TRUST] if serving.trust else []),
-        _warmup(background),
+        _parameter("adapter", first),
+        *([_parameter("trust", "true")] if serving.trust else []),
+        _warmup(manifest["adapters"][first]["background"]),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _parameter(name: str, value: str) -> str:
+    """A parameter that the model reads."""
+    quoted = json.dumps(value, ensure_ascii=False)
+    return f'parameters [ {{ key: "{name}" value: {{ string_value: {quoted} }} }} ]'
 
 
 def _warmup(background: bool) -> str:

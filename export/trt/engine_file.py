@@ -236,22 +236,34 @@ def _signature(content: dict[str, Any]) -> str:
 
 
 def _key() -> bytes:
-    """This user's key, made when first needed."""
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    path = home / "dualdiff-engine" / "builder.key"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        made = path.with_name(f"{path.name}.{os.getpid()}")
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-        try:
-            # whoever comes first decides
-            os.link(made, path)
-        except FileExistsError:
-            pass
-        finally:
-            made.unlink()
-    key = path.read_bytes()
+    """This user's key, made when first needed. Raises BackendError where it cannot be kept."""
+    try:
+        home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        path = home / "dualdiff-engine" / "builder.key"
+        if not path.is_file():
+            _make_key(path)
+        key = path.read_bytes()
+    # without a home folder, a RuntimeError
+    except (OSError, RuntimeError) as error:
+        raise BackendError(
+            f"the key that marks engines as built by you cannot be kept ({error}): set "
+            "XDG_DATA_HOME to a folder that can be written, or pass trust=True (--trust) for "
+            "engines whose source you trust"
+        ) from error
     if len(key) != KEY_BYTES:
         raise BackendError(f"{path} is damaged: delete it, then build your engines again")
     return key
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    made = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(KEY_BYTES))
+    try:
+        # whoever comes first decides
+        os.link(made, path)
+    except FileExistsError:
+        pass
+    finally:
+        made.unlink()

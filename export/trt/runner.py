@@ -12,7 +12,12 @@ from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export.folder.artefact import Artefact
-from dualdiff_engine.export.run.denoiser import ExportedDenoiser, initializers
+from dualdiff_engine.export.run.denoiser import (
+    ENCODER,
+    PLAIN,
+    ExportedDenoiser,
+    initializers,
+)
 from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt import engine_file
 from dualdiff_engine.export.trt.engine_file import Manifest
@@ -224,12 +229,21 @@ class TensorrtDenoiser(ExportedDenoiser):
         return runner
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """As ExportedDenoiser's; engines that are loaded stay, with the new weights."""
-        loaded = dict(self._runners)
+        """As ExportedDenoiser's; engines that are loaded stay, with the new weights.
+
+        If one cannot be refitted, the adapter before stays the one in use.
+        """
+        loaded, before = dict(self._runners), (self._main, self._changed)
         super().load(tensors)
-        for graph, runner in loaded.items():
-            assert isinstance(runner, TensorrtRunner)
-            # the other kind's graphs, with or without background, are not this adapter's
-            if graph == self._main or (graph == "background_encoder" and self._main != "denoiser"):
-                runner.refit(initializers(tensors, self.artefacts[graph]))
-                self._runners[graph] = runner
+        try:
+            for graph, runner in loaded.items():
+                assert isinstance(runner, TensorrtRunner)
+                # the other kind's graphs, with or without background, are not this adapter's
+                if graph == self._main or (graph == ENCODER and self._main != PLAIN):
+                    runner.refit(initializers(tensors, self.artefacts[graph]))
+                    self._runners[graph] = runner
+        except Exception:
+            # what was refitted holds the new weights: engines are read again when needed
+            self._runners.clear()
+            self._main, self._changed = before
+            raise

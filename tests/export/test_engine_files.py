@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from dualdiff_engine.export.trt import (
 )
 from dualdiff_engine.export.trt.engine_file import Manifest
 from dualdiff_engine.files import sha256_of
+from dualdiff_engine.ops import bind
 
 TARGET = "8.9"
 CUDA = torch.device("cuda")
@@ -160,6 +162,48 @@ def test_the_key_is_the_users_alone(plan: Path) -> None:
     key.write_bytes(b"short")
     with pytest.raises(BackendError, match=r"builder\.key is damaged: delete it"):
         read(plan)
+
+
+@pytest.mark.parametrize("home", ["a folder that cannot be made", "none"])
+def test_without_a_place_for_the_key_a_bundle_runs_by_onnx_runtime(
+    plan: Path, rtx: None, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    """A container whose root is read-only, or whose user has no home."""
+    if home == "none":
+        monkeypatch.delenv("XDG_DATA_HOME")
+        monkeypatch.delenv("HOME")
+        # a user id without an account
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    else:
+        # root may write everywhere, except below a file
+        monkeypatch.setenv("XDG_DATA_HOME", str(plan))
+    backend, why = fastest(plan)
+    assert backend == "onnxruntime"
+    assert "the key that marks engines as built by you cannot be kept" in why
+    assert "set XDG_DATA_HOME to a folder that can be written" in why
+    assert fastest(plan, trust=True)[0] == "tensorrt"
+
+
+def test_an_adapter_that_an_engine_cannot_take_leaves_the_one_before(plan: Path) -> None:
+    """Its requests fail; those for the adapter before must not be drawn with it."""
+    runner = object.__new__(tensorrt_runner.TensorrtRunner)
+    runner.path, (runner.manifest, _) = plan, read(plan)
+    runner._holds = runner.manifest.weights_sha256
+    artefact: Any = SimpleNamespace(
+        graph="denoiser", precision="float32", transposed=[], adapter_weights=["gate"]
+    )
+    denoiser = tensorrt_runner.TensorrtDenoiser(
+        bind("reference"), {"denoiser": artefact}, plan.parent, CUDA, flavour="tensorrt-rtx"
+    )
+    own = {"gate": torch.ones(2)}
+    denoiser.load(own)
+    denoiser._runners["denoiser"] = runner
+    denoiser.load(own)
+    assert denoiser._runners == {"denoiser": runner}
+    with pytest.raises(BackendError, match="serves only the adapter 'hole'"):
+        denoiser.load({"gate": 2 * torch.ones(2)})
+    assert denoiser._changed is own
+    assert not denoiser._runners
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,9 @@ def test_config_by_the_published_schema(golden: Golden, repository: Path) -> Non
     assert inputs["SEED"].data_type == schema.TYPE_INT64
     assert not inputs["SEED"].optional
     assert inputs["STEPS"].optional
-    assert inputs["BACKGROUND"].optional != golden.background
+    # a bundle may hold adapters of both kinds
+    assert inputs["BACKGROUND"].optional
+    assert read.parameters["adapter"].string_value == "adapter"
     assert [entry.name for entry in read.output] == ["IMAGE", "ANOMALY", "MASK", "RECIPE"]
     (warm,) = read.model_warmup
     assert ("BACKGROUND" in warm.inputs) == golden.background
@@ -63,7 +65,12 @@ def test_engines_of_others_are_run_when_the_repository_says_so(
         text_format.Parse(written, schema.ModelConfig()), preserving_proto_field_name=True
     )
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(model.Engine, "from_bundle", lambda path, **options: asked.update(options))
+
+    def from_bundle(path: Path, **options: Any) -> Any:
+        asked.update(options)
+        return SimpleNamespace(active_adapter=options["adapter"])
+
+    monkeypatch.setattr(model.Engine, "from_bundle", from_bundle)
     model.TritonPythonModel().initialize(
         {
             "model_config": told,
@@ -73,7 +80,7 @@ def test_engines_of_others_are_run_when_the_repository_says_so(
             "model_version": "1",
         }
     )
-    assert asked == {"device": "cpu", "max_batch": 8, "trust": trust}
+    assert asked == {"adapter": "adapter", "device": "cpu", "max_batch": 8, "trust": trust}
 
 
 def request_of(golden: Golden, seeds: list[int], steps: int = 1, **more: Any) -> dict[str, Any]:

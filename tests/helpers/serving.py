@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,11 +48,19 @@ def load_model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def served(model: ModuleType, repository: Path, name: str = "pairs", most: int = 4) -> Any:
+def served(
+    model: ModuleType,
+    repository: Path,
+    name: str = "pairs",
+    most: int = 4,
+    parameters: Mapping[str, str] | None = None,
+) -> Any:
+    """A model as the server makes one; parameters: of its config."""
+    strings = {key: {"string_value": value} for key, value in (parameters or {}).items()}
     serving = model.TritonPythonModel()
     serving.initialize(
         {
-            "model_config": json.dumps({"max_batch_size": most}),
+            "model_config": json.dumps({"max_batch_size": most, "parameters": strings}),
             "model_instance_kind": "CPU",
             "model_instance_device_id": "0",
             "model_repository": str(repository / name),

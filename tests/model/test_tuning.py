@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine import Engine
+from dualdiff_engine.bench.step.case import MODELS, TEXT_TOKENS, network_config
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.model import binding, tuning
-from dualdiff_engine.ops import NAMES, bind, measure, record, reference, serves
+from dualdiff_engine.ops import BACKENDS, NAMES, bind, measure, record, reference, serves
 from support import load_golden
 
 CPU = torch.device("cpu")
@@ -84,6 +85,16 @@ def test_a_reduced_problem_keeps_the_widths(network: tuning.Network) -> None:
             if isinstance(given, tuple) and call.op != "group_norm_silu":
                 assert kept[-1] == given[-1]
         assert measure.candidates(call, CPU, F32), call.name
+
+
+@pytest.mark.parametrize("model", ["demo", "sd15"])
+def test_every_backend_that_is_proved_serves_every_call_of_a_network(model: str) -> None:
+    """A budget that a right kernel meets by luck would leave it out of one call, or of all."""
+    shape = tuning.Network(network_config(model), MODELS[model]["sample_size"], TEXT_TOKENS)
+    calls = {c.name: c for kind in shape.calls(1).values() for x in kind.values() for c in x}
+    for call in calls.values():
+        served = {name for name in BACKENDS if serves(name, call.op, CPU, F32)[0]}
+        assert served == set(measure.candidates(call, CPU, F32)), call.name
 
 
 def test_a_run_measures_and_the_next_start_reads(
