@@ -213,6 +213,7 @@ class States(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        engine_of("dual")
         self.data = write_data(folder / "data", 2)
         # in a child: what backward leaves in a process does not survive a fork
         pid = os.fork()
