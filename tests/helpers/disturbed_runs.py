@@ -86,17 +86,16 @@ def finish(words: list[str], errors: Path) -> None:
     assert code == DONE, f"exit code {code}: {errors.read_text()}"
 
 
-def kill_in_time(pid: int, come: Callable[[float], bool], limit: float) -> str:
-    """SIGKILL as soon as `come(seconds passed)`; returns when that was."""
+def kill_in_time(pid: int, come: Callable[[float], bool]) -> float | None:
+    """SIGKILL as soon as `come(seconds passed)`; returns when that was, None if it ended before."""
     started = time.monotonic()
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         passed = time.monotonic() - started
-        if come(passed) or passed > limit:
+        if come(passed):
             os.kill(pid, signal.SIGKILL)
-            code = ended(pid)
-            return f"after {passed:.2f} s" if code == -signal.SIGKILL else "too late"
+            return passed if ended(pid) == -signal.SIGKILL else None
         time.sleep(0.0002)
-    return "too late"
+    return None
 
 
 def names_in(folder: Path) -> int:

@@ -6,22 +6,17 @@ Whatever else it raises is a fault of the package.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
 import random
 import shutil
-import signal
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import disturbed_runs as runs
 import hostile_adapters
@@ -29,13 +24,12 @@ import hostile_bases
 import hostile_folders
 import hostile_pictures
 from dualdiff_engine import Engine, adapters
-from dualdiff_engine.errors import OutputError, SettingsError
+from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.folder_writer import KINDS as PICTURES
 from dualdiff_engine.folder_writer import MANIFEST, FolderWriter
-from dualdiff_engine.pictures import MAX_PIXELS, is_whole_png, open_picture
+from dualdiff_engine.pictures import MAX_PIXELS, open_picture
 from dualdiff_engine.settings import Background
 from dualdiff_engine.training import train_adapter
-from dualdiff_engine.training.record import draw_curve
 from dualdiff_engine.training.state import STATE
 from dualdiff_engine.training.trainer import ADAPTER
 from support import CASES, DATA, golden_engine
@@ -56,7 +50,9 @@ def engine_of(case: str) -> Engine:
 
 
 class Kind:
-    """folder: for what all tries share, and for one folder each."""
+    """folder: for what all tries share, and for one folder each. seconds: on the clock, for one."""
+
+    seconds = 60
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -247,206 +243,10 @@ class States(Kind):
         assert seen == self.wanted, "continued to another adapter"
 
 
-# --- runs that are disturbed ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """What a run that nothing disturbs leaves, and how long it takes."""
-
-    data: Path
-    files: dict[str, bytes]
-    seconds: float
-
-
-# by whether it trains
-_UNDISTURBED: dict[bool, Undisturbed] = {}
-
-
-class Run(Kind):
-    """A run of the command, which is compared with an undisturbed one."""
-
-    training = False
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        # libraries that a child would else import again and again
-        engine_of("dual")
-        if self.training not in _UNDISTURBED:
-            draw_curve(folder / "curve.png", torch.rand(3, 2))
-            data, out = write_data(folder / "data", 2), folder / "whole"
-            started = time.monotonic()
-            runs.finish(self._words(data, out), folder / "errors")
-            seconds = time.monotonic() - started
-            _UNDISTURBED[self.training] = Undisturbed(data, runs.contents(out), seconds)
-        whole = _UNDISTURBED[self.training]
-        self.data, self.wanted, self.seconds = whole.data, whole.files, whole.seconds
-        assert len(self.wanted) >= 6
-
-    def _words(self, data: Path, out: Path) -> list[str]:
-        return runs.train_words(data, out) if self.training else runs.generate_words(out)
-
-    def words(self, out: Path) -> list[str]:
-        return self._words(self.data, out)
-
-    def damage(self, seed: int, folder: Path) -> str:
-        return "run"
-
-    def compare(self, out: Path) -> None:
-        wrong = runs.differences(runs.contents(out), self.wanted)
-        assert not wrong, f"differs from an undisturbed run: {', '.join(wrong[:5])}"
-
-
-class Kills(Run):
-    """kill -9 at a random moment, of some the continued run too, then to the end."""
-
-    def use(self, seed: int, folder: Path) -> str:
-        chance, out, remarks = random.Random(seed), folder / "out", []
-        for _ in range(chance.choice([1, 1, 2])):
-            pid = runs.start(self.words(out), folder / "errors")
-            when = runs.Moment(chance, out, self.seconds)
-            remarks.append(runs.kill_in_time(pid, when, 2 * self.seconds))
-        runs.finish(self.words(out), folder / "errors")
-        self.compare(out)
-        return ", ".join(remarks)
-
-
-class TrainingKills(Kills):
-    training = True
-
-
-class Commands(Run):
-    """kill -9 of the command as a user starts it."""
-
-    def use(self, seed: int, folder: Path) -> str:
-        chance, out = random.Random(seed), folder / "out"
-        process = runs.real_command(self.words(out))
-        names = chance.randint(1, 12)
-        while process.poll() is None and runs.names_in(out) < names:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-        again = runs.real_command(self.words(out))
-        assert again.wait() == runs.DONE
-        self.compare(out)
-        return f"at {names} names"
-
-
-class TrainingCommands(Commands):
-    training = True
-
-
-class Disks(Run):
-    """A run on a disk that refuses to take more, and its continuation on one that takes it.
-
-    The first has to end in one line; a pair or file that was whole before stays.
-    """
-
-    def refused(self, words: list[str], errors: Path, before: Any = lambda: None) -> str:
-        """The one line; empty if the run came to its end."""
-        code = runs.ended(runs.start(words, errors, before))
-        said = errors.read_text().splitlines()
-        if code == runs.DONE:
-            return ""
-        assert code == runs.FAILED, f"exit code {code}: {said[-3:]}"
-        assert len(said) == 1, f"{len(said)} lines: {said[:3]}"
-        assert said[0].startswith("dualdiff: ")
-        return said[0]
-
-    def check(self, out: Path) -> None:
-        """What lies there under its own name is whole."""
-        for path in out.rglob("*.png"):
-            assert is_whole_png(path), f"{path} is torn"
-        for path in out.rglob("*.safetensors"):
-            load_file(path)
-
-    def end(self, said: str, folder: Path, out: Path) -> str:
-        runs.finish(self.words(out), folder / "errors")
-        self.compare(out)
-        if said:
-            raise OutputError(said)
-        return "the disk was large enough"
-
-
-class FullDisks(Disks):
-    """The disk is full (a small one is mounted where that is allowed)."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        place = folder / "disk"
-        place.mkdir()
-        self.mounts = runs.may_mount(place)
-        self.pages = sum(-(-len(content) // 4096) for content in self.wanted.values())
-
-    def use(self, seed: int, folder: Path) -> str:
-        chance, disk = random.Random(seed), folder / "disk"
-        disk.mkdir()
-        out = disk / "out"
-        if not self.mounts:
-            fails = runs.failing_disk(chance, 8, errno.ENOSPC)
-            said = self.refused(self.words(out), folder / "errors", fails)
-            return self.end(said, folder, out)
-        # the state of a training run is written beside the one before
-        pages = chance.randint(1, 2 * self.pages)
-        limit = f"size={4 * pages}k" if seed % 3 else f"nr_inodes={chance.randint(2, 16)}"
-        runs.own_disk(disk, limit)
-        said = self.refused(self.words(out), folder / "errors")
-        self.check(out)
-        runs.change_disk(disk, "size=64m,nr_inodes=1000")
-        return self.end(said, folder, out)
-
-
-class TrainingFullDisks(FullDisks):
-    training = True
-
-
-class Quotas(Disks):
-    """The user's quota is used up: EDQUOT, from a random file on."""
-
-    def use(self, seed: int, folder: Path) -> str:
-        fails = runs.failing_disk(random.Random(seed), 8, errno.EDQUOT)
-        out = folder / "out"
-        said = self.refused(self.words(out), folder / "errors", fails)
-        self.check(out)
-        return self.end(said, folder, out)
-
-
-class TrainingQuotas(Quotas):
-    training = True
-
-
-class ReadOnly(Disks):
-    """The disk becomes read-only after some pairs were written."""
-
-    def use(self, seed: int, folder: Path) -> str:
-        disk = folder / "disk"
-        disk.mkdir()
-        out = disk / "out"
-        runs.own_disk(disk, "size=64m")
-        if seed % 2:
-            first = runs.generate_words(out)
-            first[first.index("--seeds") + 1] = "3:5"
-            runs.finish(first, folder / "errors")
-        runs.change_disk(disk, "size=64m", read_only=True)
-        said = self.refused(self.words(out), folder / "errors")
-        assert said, "a run on a read-only disk came to its end"
-        runs.change_disk(disk, "size=64m")
-        return self.end(said, folder, out)
-
-
 KINDS: dict[str, type[Kind]] = {
     "adapter": Adapters,
     "base": Bases,
     "picture": Pictures,
     "manifest": Manifests,
     "state": States,
-    "kill generate": Kills,
-    "kill train": TrainingKills,
-    "kill command generate": Commands,
-    "kill command train": TrainingCommands,
-    "full disk generate": FullDisks,
-    "full disk train": TrainingFullDisks,
-    "quota generate": Quotas,
-    "quota train": TrainingQuotas,
-    "read-only": ReadOnly,
 }

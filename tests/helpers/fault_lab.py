@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# a try may take so many seconds of a processor, and so many in all on a machine that others use
-CPU_SECONDS, SECONDS = 10, 120
+# a process may take so many seconds of a processor; `Kind.seconds` is the time on the clock, long
+# enough for a machine that others use
+CPU_SECONDS = 10
 # a try may take so much more memory than the engine, and is stopped at twice that
 MEMORY = 1536 << 20
 
@@ -42,7 +43,7 @@ class Try:
     """One fault that was tried.
 
     end: `result`, `refused`, or what must not happen. message: the refusal, or why the end is
-    wrong. seconds: of a processor. mib: above what the engine itself takes.
+    wrong. seconds: of a processor, children included. mib: above what the engine itself takes.
     """
 
     kind: str
@@ -110,16 +111,18 @@ def _serve(work: Path, at_once: int) -> None:
     os.dup2(2, 1)
     import torch
 
+    import disturbed_kinds
     import fault_kinds
 
     torch.set_num_threads(1)
+    known = fault_kinds.KINDS | disturbed_kinds.KINDS
     kinds: dict[str, Any] = {}
     for line in sys.stdin:
         name, seeds = json.loads(line)
         if name not in kinds:
             folder = work / name
             folder.mkdir(parents=True)
-            kinds[name] = fault_kinds.KINDS[name](folder)
+            kinds[name] = known[name](folder)
         for result in _tried(name, kinds[name], seeds, at_once):
             answers.write(json.dumps(asdict(result)) + "\n")
             answers.flush()
@@ -138,7 +141,7 @@ def _tried(name: str, kind: Any, seeds: list[int], at_once: int) -> Iterator[Try
             if not part:
                 yield _ended(name, running.pop(pipe))
         for child in running.values():
-            if time.monotonic() > child.started + SECONDS:
+            if time.monotonic() > child.started + kind.seconds:
                 os.killpg(child.pid, signal.SIGKILL)
 
 
