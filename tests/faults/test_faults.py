@@ -38,11 +38,11 @@ class Kind:
 
 
 KINDS = {
-    "adapter": Kind("An adapter file is damaged", 40, 360),
-    "base": Kind("A file of a base model folder is damaged, gone or not a file", 8, 320),
-    "picture": Kind("A picture or mask is damaged, or unpacks to very much", 100, 720),
-    "manifest": Kind("A manifest, or a picture that it lists, is damaged", 30, 120),
-    "state": Kind("The state of a training run is damaged", 3, 36),
+    "adapter": Kind("An adapter file is damaged", 30, 360),
+    "base": Kind("A file of a base model folder is damaged, gone or not a file", 6, 320),
+    "picture": Kind("A picture or mask is damaged, or unpacks to very much", 80, 720),
+    "manifest": Kind("A manifest, or a picture that it lists, is damaged", 20, 120),
+    "state": Kind("The state of a training run is damaged", 2, 36),
     "kill generate": Kind("`dualdiff generate` is killed (SIGKILL), then continued", 2, 52),
     "kill train": Kind("`dualdiff train` is killed (SIGKILL), then continued", 0, 52),
     "kill command generate": Kind("The same, started from a shell: `generate`", 0, 3),

@@ -106,7 +106,8 @@ class Commands(Run):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
         again = runs.real_command(self.words(out))
-        assert again.wait() == runs.DONE
+        code = again.wait()
+        assert code == runs.DONE, f"exit code {code}"
         self.compare(out)
         return f"at {names} names"
 

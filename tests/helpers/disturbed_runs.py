@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -125,10 +126,16 @@ class Moment:
         return passed >= self.at
 
 
+def _longer() -> None:
+    # importing all libraries takes most of what a try has
+    resource.setrlimit(resource.RLIMIT_CPU, (60, resource.RLIM_INFINITY))
+
+
 def real_command(words: list[str]) -> subprocess.Popen[bytes]:
     code = "import sys; from dualdiff_engine.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, **ONE_THREAD}
-    return subprocess.Popen([sys.executable, "-c", code, *words], env=environment)
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.Popen(command, env=environment, preexec_fn=_longer)
 
 
 # --- disks ------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def _try(kind: Any, seed: int, folder: Path, pipe: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     spent = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(spent.ru_utime + spent.ru_stime) + CPU_SECONDS + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
     try:
         end, message = RESULT, kind.use(seed, folder) or ""
     except DualDiffError as error:
