@@ -6,7 +6,7 @@ TEST := .venv-test/bin
 WORKERS ?= 2
 PYTEST := $(TEST)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo bench test native lint types interpreter aot exports lane-avx2 lane-sse41 lane-one-thread clean
+.PHONY: demo bench test faults native lint types interpreter aot exports lane-avx2 lane-sse41 lane-one-thread clean
 
 demo: .venv/ready
 	$(RUN)/dualdiff demo
@@ -16,6 +16,13 @@ bench: .venv/ready
 
 test: .venv-test/ready
 	$(PYTEST)
+
+# Seeded faults, thousands of them; `make test` tries a few of each kind. Writes the record and its
+# table in docs/faults.md. `DUALDIFF_FAULTS=adapter:17` tries one again.
+DUALDIFF_FAULTS ?= full
+faults: .venv-test/ready
+	DUALDIFF_FAULTS=$(DUALDIFF_FAULTS) $(TEST)/python -m pytest -rP tests/faults
+	$(TEST)/python -m dualdiff_engine.bench.readme
 
 # The C++ kernels, or an error; the environments build them where they can and go without elsewhere.
 native: .venv-test/ready

@@ -16,7 +16,7 @@ from dualdiff_engine.evaluation.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
-    *("README.md", "docs/masks.md", "docs/performance.md"),
+    *("README.md", "docs/faults.md", "docs/masks.md", "docs/performance.md"),
     *("export/README.md", "dualdiff_engine/demo/README.md"),
 )
 _SLOT = re.compile(r"(<!-- record (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -32,9 +32,22 @@ def _masks(rows: list[dict[str, Any]]) -> str:
     return markdown_table(lines)
 
 
+def _faults(rows: list[dict[str, Any]]) -> str:
+    head = ["fault", "tried", "refused in one line", "ended in a result", "longest, s", "most, MiB"]
+    counts = ("tried", "refused", "result")
+    lines = [
+        [row["fault"], *(str(row[n]) for n in counts), f"{row['seconds']:.1f}", str(row["mib"])]
+        for row in rows
+    ]
+    total = [str(sum(row[name] for row in rows)) for name in counts]
+    return markdown_table([head, *lines, ["**all**", *total, "", ""]])
+
+
 def section(path: Path) -> str:
     """What a record looks like in the README."""
     record = json.loads(path.read_text("utf-8"))
+    if "faults" in record:
+        return _faults(record["faults"])
     if "rows" in record:
         return _masks(record["rows"])
     if "tasks" in record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,12 +41,15 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary path, a symlink included, is removed and not written through.
     Raises OutputError when the file cannot be written.
     """
-    partial = partial_name(path)
+    # a folder: safetensors puts a file of its own next to the one it writes, and a kill leaves both
+    scratch = partial_name(path)
+    partial = scratch / path.name
     folder = path.parent
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
+        _remove(scratch)
+        scratch.mkdir()
         yield partial
         # the machine may go down, too: the content is on the disk before it has the name
         sync(partial)
@@ -60,7 +64,15 @@ def written_whole(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    """Whatever lies there; a symlink is not followed. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:

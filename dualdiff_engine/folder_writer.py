@@ -200,7 +200,7 @@ class FolderWriter:
         assert self._manifest is not None, "use FolderWriter as a context manager"
         lost = self._lost.pop((_key(identity(pair.recipe)), pair.seed), None)
         index = self._next if lost is None else lost.index
-        files = {kind: f"{kind}/{index:05d}.png" for kind in KINDS}
+        files = _files_of(index)
         contents = {self.root / file: _encode(pair, kind) for kind, file in files.items()}
         names = ("seed", "empty_mask", "scores", "accepted", "recipe")
         record = {name: getattr(pair, name) for name in names}
@@ -244,7 +244,7 @@ class FolderWriter:
 
     def _whole(self, row: Row) -> bool:
         """Whether the pictures of a row are there and undamaged."""
-        return all(is_whole_png(self.root / f"{kind}/{row.index:05d}.png") for kind in KINDS)
+        return all(is_whole_png(self.root / file) for file in _files_of(row.index).values())
 
     def _check_manifest(self) -> None:
         """Raises OutputError when the manifest was removed or replaced since it was opened."""
@@ -265,6 +265,10 @@ class FolderWriter:
         for name in (*KINDS, MANIFEST, QUARANTINE):
             if (self.root / name).is_symlink():
                 raise OutputError(f"{self.root / name} is a symbolic link: choose another folder")
+        for path in (self.root / MANIFEST, self.root / QUARANTINE):
+            # a pipe would be waited for
+            if path.exists() and not path.is_file():
+                raise OutputError(f"{path} is not a regular file: choose another folder")
         for kind in KINDS:
             (self.root / kind).mkdir(exist_ok=True)
             if not os.access(self.root / kind, os.W_OK | os.X_OK):
@@ -302,18 +306,29 @@ class Row:
     recipe: Mapping[str, Any]
 
 
+def _files_of(index: int) -> dict[str, str]:
+    """Kind -> path of a picture, relative to the folder."""
+    return {kind: f"{kind}/{index:05d}.png" for kind in KINDS}
+
+
 def _repair(path: Path, manifest: io.FileIO) -> list[Row]:
     """The rows, the last line mended after a crash."""
-    rows, end = [], 0
+    rows, indices, end = [], set[int](), 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             row = _row_of(line)
             if row is None and line.endswith(b"\n"):
                 raise OutputError(f"{path}: line {number} is damaged: choose another folder")
+            if row is not None and row.index in indices:
+                raise OutputError(
+                    f"{path}: line {number} lists pair {row.index} again: remove one of the two "
+                    "lines, or choose another folder"
+                )
             if row is None:
                 manifest.truncate(end)
                 break
             rows.append(row)
+            indices.add(row.index)
             end += len(line)
             if not line.endswith(b"\n"):
                 manifest.write(b"\n")
@@ -330,7 +345,12 @@ def _row_of(line: bytes, index: int | None = None) -> Row | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     fits = type(index) is int and index >= 0 and type(seed) is int and isinstance(recipe, dict)
-    return Row(index, seed, recipe) if fits else None
+    if not fits:
+        return None
+    # a number that changed is told by what is written twice
+    files = _files_of(index)
+    agrees = recipe.get("seed", seed) == seed and content.get("files", files) == files
+    return Row(index, seed, recipe) if agrees else None
 
 
 def _encode(pair: Pair, kind: str) -> bytes:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from dualdiff_engine.errors import OutputError, SettingsError
-from dualdiff_engine.folder_writer import KINDS, MANIFEST, FolderWriter
+from dualdiff_engine.folder_writer import KINDS, MANIFEST, QUARANTINE, FolderWriter
 from dualdiff_engine.pair import Pair
 
 WRITE_FOREVER = """
@@ -144,6 +144,13 @@ def test_the_folder_itself_may_be_a_symlink(tmp_path: Path) -> None:
     assert listing(tmp_path / "disk") == expected(0)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", [MANIFEST, QUARANTINE])
+def test_a_pipe_in_place_of_a_manifest_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert f"{tmp_path / name} is not a regular file" in refusal(tmp_path)
+
+
 def test_pictures_of_others_are_not_overwritten(tmp_path: Path) -> None:
     picture = tmp_path / "mask" / "00000.png"
     picture.parent.mkdir()
@@ -204,7 +211,10 @@ def test_a_row_that_lost_only_its_end_of_line_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[]", b"{}", b'{"index": -1}', b'{"index": true}', b"\xff", b"[" * 99_999],
+    [
+        *(b"", b"{", b"[]", b"{}", b'{"index": -1}', b'{"index": true}', b"\xff", b"[" * 99_999),
+        *(b'{"index": 1, "files": 7}', b'{"index": 1, "seed": 2, "recipe": {"seed": 3}}'),
+    ],
     ids=lambda line: line.decode("latin-1")[:16],
 )
 def test_a_damaged_row_is_named(tmp_path: Path, line: bytes) -> None:
@@ -214,6 +224,12 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: bytes) -> None:
     manifest.write_bytes(damaged)
     assert f"{manifest}: line 2 is damaged" in refusal(tmp_path)
     assert manifest.read_bytes() == damaged
+
+
+def test_a_row_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    manifest = written(tmp_path, 1, 2) / MANIFEST
+    manifest.write_bytes(manifest.read_bytes() + manifest.read_bytes().splitlines()[0] + b"\n")
+    assert f"{manifest}: line 3 lists pair 0 again" in refusal(tmp_path)
 
 
 def test_files_of_an_unfinished_pair_are_replaced(tmp_path: Path) -> None:

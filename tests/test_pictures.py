@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,24 @@ from PIL import Image
 
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.pictures import MAX_PIXELS, open_picture
+from hostile_pictures import (
+    BOMB,
+    COLOUR,
+    DEEP,
+    HEIGHT,
+    RAMP,
+    WHITE,
+    WIDTH,
+    chunk,
+    claiming,
+    with_tag,
+)
 
-HEIGHT, WIDTH = 48, 64
-RAMP = (40 + 2 * np.mgrid[:HEIGHT, :WIDTH][1]).astype(np.uint8)
-COLOUR = np.stack([RAMP, RAMP // 2, 255 - RAMP], 2)
 MASK = np.zeros((HEIGHT, WIDTH), np.uint8)
 MASK[8:20, 10:24] = 255
 BELOW = np.zeros_like(MASK)
 BELOW[30:40, 10:24] = 255
-WHITE, BLACK = np.full_like(MASK, 255), np.zeros_like(MASK)
-DEEP = RAMP.astype(np.uint16) * 257
+BLACK = np.zeros_like(MASK)
 
 Make = Callable[[Path], Any]
 
@@ -59,12 +65,6 @@ def paletted(colours: list[int], labels: np.ndarray) -> Image.Image:
 
 def opened(source: Any, mode: Any = "RGB") -> np.ndarray:
     return np.asarray(open_picture(source, "picture" if mode == "RGB" else "mask", mode))
-
-
-def with_tag(tag: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = tag
-    return exif
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -245,15 +245,20 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a name with a zero byte": (lambda p: "a\0.png", "is not a file"),
     "a name that is too long": (lambda p: p / ("a" * 5000), "is not a readable picture"),
     "too many pixels": (
-        lambda p: _claiming(p / "a.png", MAX_PIXELS + 1, 1),
+        lambda p: _bytes(p / "a.png", claiming(MAX_PIXELS + 1, 1)),
         "has more than 64,000,000 pixels: reduce it",
     ),
     "a bomb of pixels": (
-        lambda p: _claiming(p / "a.png", 100_000, 100_000),
+        lambda p: _bytes(p / "a.png", claiming(100_000, 100_000)),
         "has more than 64,000,000 pixels: reduce it",
     ),
     "a closed image": (lambda p: _closed(p / "a.png"), "picture is not a readable picture"),
 }
+
+
+def _bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
 
 
 def _text(path: Path) -> Path:
@@ -427,11 +432,6 @@ def test_no_part_of_a_mask_is_dropped_without_a_word(case: str, tmp_path: Path) 
 # --- damaged and hostile files ----------------------------------------------------------------
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    body = kind + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-
 def png(*extra: bytes, after: bytes = b"") -> bytes:
     """A PNG of COLOUR with chunks before its pixels, or bytes in place of its end."""
     file = io.BytesIO()
@@ -441,14 +441,6 @@ def png(*extra: bytes, after: bytes = b"") -> bytes:
     return content[:cut] + b"".join(extra) + content[cut:end] + (after or content[end:])
 
 
-def _claiming(path: Path, width: int, height: int) -> Path:
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels)
-    return path
-
-
-BOMB = zlib.compress(b"\0" * (80 << 20), 9)
 HOSTILE = {
     "a broken chunk after the pixels": png(after=b"\0\0\0\4tEXtabcd\1\2\3\4" + chunk(b"IEND", b"")),
     "a chunk of no name after the pixels": png(after=b"\0\0\0\4\0\0\0\0abcd\1\2\3\4"),
@@ -476,61 +468,3 @@ def outcome(path: Path, mode: str) -> str:
         return str(error)
     assert pixels.dtype == np.uint8
     return "a picture"
-
-
-def seeds() -> list[bytes]:
-    """Small files of every kind that is read."""
-    images: list[tuple[str, np.ndarray, dict[str, Any]]] = [
-        ("PNG", COLOUR, {"exif": with_tag(6)}),
-        ("PNG", DEEP, {}),
-        ("PNG", np.dstack([COLOUR, WHITE]), {}),
-        ("JPEG", COLOUR, {"exif": with_tag(3)}),
-        ("JPEG", RAMP, {"progressive": True}),
-        ("TIFF", COLOUR, {"compression": "tiff_lzw", "exif": with_tag(8)}),
-        ("TIFF", DEEP, {}),
-        ("TIFF", RAMP.astype(np.float32) / 255, {"compression": "tiff_deflate"}),
-        ("BMP", COLOUR, {}),
-        ("GIF", RAMP, {}),
-        ("WEBP", COLOUR, {"lossless": True}),
-    ]
-    contents = []
-    for form, pixels, options in images:
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, form, **options)
-        contents.append(file.getvalue())
-    return contents
-
-
-def mutated(content: bytes, random: np.random.Generator) -> bytes:
-    """Bytes changed (more of them where headers are), removed, doubled, or cut off."""
-    changed = bytearray(content)
-    for _ in range(int(random.integers(1, 6))):
-        span = len(changed) if random.random() < 0.5 else min(len(changed), 200)
-        at = int(random.integers(span))
-        kind = random.integers(6)
-        if kind < 3:
-            changed[at] = int(random.choice([0, 1, 0x7F, 0x80, 0xFF, random.integers(256)]))
-        elif kind == 3:
-            changed[at : at + 4] = random.bytes(4)
-        elif kind == 4:
-            changed[at:at] = changed[at : at + int(random.integers(1, 40))]
-        else:
-            del changed[at : at + int(random.integers(1, 40))]
-        if len(changed) < 20:
-            break
-    return bytes(changed)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_mutated_files_end_in_a_picture_or_in_one_line(tmp_path: Path) -> None:
-    random = np.random.default_rng(12)
-    path = tmp_path / "a.png"
-    contents = seeds()
-    results = {True: 0, False: 0}
-    for number in range(660):
-        path.write_bytes(mutated(contents[number % len(contents)], random))
-        result = outcome(path, "RGB" if number % 3 else "L")
-        assert result == "a picture" or (str(path) in result and "\n" not in result)
-        results[result == "a picture"] += 1
-    # the mutations do both: they break some files, and leave others readable
-    assert min(results.values()) > 60, results

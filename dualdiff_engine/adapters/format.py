@@ -36,7 +36,12 @@ _TEXT_KEY = re.compile(
 )
 
 # names that wrappers of a network add when it is saved through them
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+_WRAPPERS = (
+    *("module", "_orig_mod", "_forward_module"),
+    *("_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+)
+# PEFT's, of two parts that are not wrappers alone
+_PEFT = re.compile(r"(^|(?<=\bunet\.)|(?<=\btext_encoder\.))base_model\.model\.")
 
 _USE_OURS = "pass an adapter trained with DualAnoDiff"
 _INCOMPLETE = "the adapter is incomplete; use an intact copy or another checkpoint"
@@ -209,10 +214,11 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DistributedDataParallel and `torch.compile` put before or inside them."""
+    """Names without what DistributedDataParallel, `torch.compile` and others add to them."""
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        own = _PEFT.sub("", own)
         if own in plain:
             raise AdapterError(
                 f"{own} occurs twice, with and without {' or '.join(_WRAPPERS)}: keep one of them"
@@ -235,6 +241,11 @@ def _foreign(name: str) -> str:
     for pattern, family in _FAMILIES.items():
         if re.match(pattern, name):
             return f"{name}: this is {family}, not a two-branch DualAnoDiff adapter: {_USE_OURS}"
+    if match := re.match(r"(.+?\.)(unet|text_encoder)\.", name):
+        return (
+            f"{name} starts with {match[1]!r}, which names of an adapter do not: save it again "
+            "without that prefix"
+        )
     return f"{name} is not part of a DualAnoDiff adapter: remove it or retrain"
 
 

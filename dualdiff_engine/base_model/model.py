@@ -168,6 +168,9 @@ class BaseModel:
         folder, values = self.folder / "tokenizer", self._text_values
         check_files(folder)
         contents = {path.name: read_json(path) for path in sorted(folder.glob("*.json"))}
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).exists() and not (folder / "tokenizer.json").exists():
+                raise BaseModelError(f"{folder / name} is missing: {AGAIN}")
         ids = list(contents.get("vocab.json", {}).values())
         if not all(type(n) is int for n in ids) or len(set(ids)) < len(ids):
             raise BaseModelError(

@@ -1,4 +1,4 @@
-"""Adapters saved through a wrapper of the network: DistributedDataParallel, `torch.compile`."""
+"""Adapters saved through a wrapper of the network: DistributedDataParallel, PEFT and others."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def released() -> dict[str, Tensor]:
         ("unet.", "unet.module._orig_mod."),
         ("unet.", "module.unet._orig_mod."),
         (".processor.", "._orig_mod.processor.module."),
+        ("unet.", "base_model.model.unet."),
+        ("unet.", "unet.base_model.model."),
+        (".attn1.", "._checkpoint_wrapped_module.attn1."),
     ],
 )
 def test_a_wrapped_adapter_is_the_same(tmp_path: Path, plain: str, wrapped: str) -> None:
@@ -47,6 +50,13 @@ def test_twice_the_same_tensor_is_refused() -> None:
     name = next(iter(tensors))
     with pytest.raises(AdapterError, match="occurs twice, with and without module"):
         adapters.parse({**tensors, f"module.{name}": tensors[name]})
+
+
+@pytest.mark.parametrize("prefix", ["ema.", "state_dict.", "model."])
+def test_a_prefix_that_is_no_wrappers_is_named(prefix: str) -> None:
+    tensors = {f"{prefix}{name}": tensor for name, tensor in released().items()}
+    with pytest.raises(AdapterError, match=rf"starts with '{prefix}', .*: save it again without"):
+        adapters.parse(tensors)
 
 
 def test_other_families_are_still_named() -> None:

@@ -252,6 +252,14 @@ def test_prompts_are_as_long_as_the_text_encoder_reads(
     assert drawn(base) == want
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_tokenizer_without_its_vocabulary_is_named(tmp_path: Path, name: str) -> None:
+    base = base_copy(tmp_path)
+    (base / "tokenizer" / name).unlink()
+    with pytest.raises(BaseModelError, match=rf"tokenizer/{name} is missing: download"):
+        BaseModel(base).load_tokenizer()
+
+
 def test_a_tokenizer_without_its_configuration(tmp_path: Path, want: bytes) -> None:
     base = base_copy(tmp_path)
     (base / "tokenizer/tokenizer_config.json").unlink()

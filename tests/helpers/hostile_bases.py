@@ -113,7 +113,8 @@ def _tensors(path: Path, chance: random.Random) -> str:
     return done[0]
 
 
-def _place(path: Path, chance: random.Random) -> str:
+def mutate_place(path: Path, chance: random.Random) -> str:
+    """Put something that is not a file, or nothing, in a file's place; returns what."""
     kind = chance.choice(["gone", "folder", "pipe", "loop", "dangling", "device"])
     path.unlink()
     if kind == "folder":
@@ -133,7 +134,8 @@ def mutate(base: Path, seed: int) -> str:
     weights = [path for path in files if path.suffix == ".safetensors"]
     damage, choice = chance.choice(
         [(_json_value, jsons)] * 4 + [(_bytes, files)] * 2 + [(_tensors, weights)] * 2
-        + [(_place, files)]
+        + [(mutate_place, files)]
     )  # fmt: skip
     path = chance.choice(choice)
-    return f"{path.relative_to(base)}: {damage.__name__[1:]} {damage(path, chance)}"
+    what = damage.__name__.replace("mutate", "").strip("_")
+    return f"{path.relative_to(base)}: {what} {damage(path, chance)}"

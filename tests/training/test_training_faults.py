@@ -129,17 +129,22 @@ def watched(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Disk:
     return disk
 
 
+def scratch(name: str) -> str:
+    """Where a file is written before it gets its name."""
+    return f"{name}.partial/{Path(name).name}"
+
+
 def test_files_of_a_step_are_on_the_disk_before_its_state(watched: Disk) -> None:
     """A state may only be there when everything that is older is, even if the machine stops."""
     calls = watched.calls
-    state_there = calls.index(("replace", f"{STATE}.partial"))
+    state_there = calls.index(("replace", scratch(STATE)))
     for name in (f"checkpoint-2/{ADAPTER}", str(SHEET), "loss.png"):
-        there = calls.index(("replace", f"{name}.partial"))
-        assert calls[there - 1] == ("sync", f"{name}.partial")
+        there = calls.index(("replace", scratch(name)))
+        assert calls[there - 1] == ("sync", scratch(name))
         assert calls[there + 1] == ("sync", str(Path(name).parent))
         assert there < state_there
     # the new folder's own name, too
-    assert ("sync", ".") in calls[: calls.index(("replace", f"{SHEET}.partial"))]
+    assert ("sync", ".") in calls[: calls.index(("replace", scratch(str(SHEET))))]
 
 
 def test_a_kill_at_any_moment_loses_nothing(data: Path, watched: Disk) -> None:
