@@ -229,6 +229,7 @@ class Background:
 
 
 # more would leave nothing of most pictures
+PASTES = ("none", "region", "mask")
 MOST_EDGE = 16
 
 
@@ -241,15 +242,16 @@ class Placement:
     region is sampled on the object for the pair's seed. object_mask: the object in white, on which
     the region must lie; "all" for a texture, which is all object; None: found by its colour where
     it is needed. edge: width of the soft edge around the region, in latent pixels (8 picture pixels
-    each in Stable Diffusion), 0 to 16. paste: whether pixels outside region and edge are the normal
-    picture's own; else they are the VAE's reconstruction of them.
+    each in Stable Diffusion), 0 to 16. paste: "region" (or True): pixels outside region and edge
+    are the normal picture's own; "mask": those outside the mask of the defect and half a latent
+    pixel around it, so what the mask calls normal is; "none" (or False): all are the decoder's.
     """
 
     picture: Any
     region: Any
     object_mask: Any = None
     edge: float = 2.0
-    paste: bool = True
+    paste: bool | str = True
 
     def __post_init__(self) -> None:
         real = isinstance(self.edge, numbers.Real) and not isinstance(self.edge, bool)
@@ -258,9 +260,13 @@ class Placement:
             f"placement edge must be from 0 to {MOST_EDGE} latent pixels, got {self.edge!r}",
         )
         object.__setattr__(self, "edge", float(self.edge))
+        named = self.paste
+        if isinstance(named, bool):
+            named = "region" if named else "none"
         _require(
-            isinstance(self.paste, bool), f"placement paste must be a bool, got {self.paste!r}"
+            named in PASTES, f"placement paste must be one of {', '.join(PASTES)}, got {named!r}"
         )
+        object.__setattr__(self, "paste", named)
         _require(self.region is not None, "placement region is None: pass a picture of it")
         for name in ("picture", "region", "object_mask"):
             value = getattr(self, name)

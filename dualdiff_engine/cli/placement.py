@@ -45,8 +45,11 @@ Edge = Annotated[
     typer.Option(help="Soft edge around the region, in latent pixels of 8 pixels (default: 2)."),
 ]
 Paste = Annotated[
-    bool | None,
-    typer.Option(help="Keep the normal picture's own pixels outside the region (default: paste)."),
+    Literal["none", "region", "mask"] | None,
+    typer.Option(
+        help="Where the drawn pixels are kept; all others are the normal picture's own (default: "
+        "region)."
+    ),
 ]
 
 
@@ -82,7 +85,7 @@ class PlacementOptions:
     region_masks: Path | None
     object_mask: str | None
     edge: float | None
-    paste: bool | None
+    paste: str | None
 
     def placements(self, statistics: Callable[[], RegionStatistics] | None) -> list[Placement]:
         """One per picture; none without pictures.

@@ -345,9 +345,13 @@ def _pair(
     if canvas is not None and normal is not None:
         image, anomaly = canvas.paste(image, anomaly)
         normal, _ = canvas.paste(normal, normal)
-        change = np.abs(to_uint8(image).astype(np.int16) - to_uint8(normal)).astype(np.uint8)
-        statistics = canvas.statistics
+        change, statistics = _change(image, normal), canvas.statistics
     result = cut_to_change(request.segment(to_uint8(anomaly)), change, request.mask)
+    if canvas is not None and normal is not None:
+        image, anomaly = canvas.paste_mask(result.mask, image, anomaly)
+        normal, _ = canvas.paste_mask(result.mask, normal, normal)
+        # the scores are those of the pair that is handed out
+        change = _change(image, normal)
     scores = scores_of(to_uint8(image), to_uint8(anomaly), result.mask, change, statistics)
     missed = request.acceptance.missed(scores) if request.acceptance else ()
     recipe = {
@@ -373,6 +377,11 @@ def _pair(
         accepted=None if request.acceptance is None else not missed,
         missed=missed,
     )
+
+
+def _change(image: Tensor, normal: Tensor) -> np.ndarray:
+    """|image - normal|, uint8 [H, W, 3]."""
+    return np.abs(to_uint8(image).astype(np.int16) - to_uint8(normal)).astype(np.uint8)
 
 
 def _check_active(run: Run) -> None:

@@ -26,9 +26,12 @@ from dualdiff_engine.pipeline.encode import PictureLatents, digest
 from dualdiff_engine.pipeline.regions import RegionStatistics, find_object, sample_region
 from dualdiff_engine.settings import Background, Placement
 
+Bytes = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
+# in latent pixels: the decoder knows where a mask ends to less than one
+MASK_EDGE = 0.5
 # placements whose opened pictures are kept: pairs of one batch often share them
 _MOST_OPEN = 8
 
@@ -56,7 +59,7 @@ class Canvas:
 
     picture: fp32 [3, H, W] in [0, 1], the normal picture. region: bool [H, W]. weight: fp32 [H, W],
     1 in the region, falling to 0 over the edge around it. change: fp32 [h, w], its mean over each
-    latent pixel.
+    latent pixel. step: pixels per latent pixel.
     """
 
     placement: Placement
@@ -64,6 +67,7 @@ class Canvas:
     region: Flags
     weight: Tensor
     change: Tensor
+    step: int
 
     @property
     def picture(self) -> Tensor:
@@ -82,10 +86,20 @@ class Canvas:
 
     def paste(self, image: Tensor, anomaly: Tensor) -> tuple[Tensor, Tensor]:
         """The drawn pictures [3, H, W] in the region, the normal one and black outside the edge."""
-        if not self.placement.paste:
+        if self.placement.paste == "none":
             return image, anomaly
+        return self._pasted(image, anomaly, self.weight)
+
+    def paste_mask(self, mask: Bytes, image: Tensor, anomaly: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in a mask, uint8 [H, W], where that is asked for; its edge is half a latent."""
+        if self.placement.paste != "mask":
+            return image, anomaly
+        weight = edge_weight(mask > 0, MASK_EDGE * self.step)
+        return self._pasted(image, anomaly, torch.from_numpy(weight))
+
+    def _pasted(self, image: Tensor, anomaly: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         # where the weight is 0, lerp gives its first argument bit for bit
-        return torch.lerp(self.picture, image, self.weight), anomaly * self.weight
+        return torch.lerp(self.picture, image, weight), anomaly * weight
 
 
 class Canvases:
@@ -134,6 +148,7 @@ class Canvases:
             region,
             torch.from_numpy(weight),
             torch.from_numpy(pooled(weight, self._step)),
+            self._step,
         )
 
     def backgrounds(self, noise: Tensor | None) -> tuple[Surroundings, ...]:

@@ -306,13 +306,13 @@ def test_regions_are_sampled_like_masks(normal: Path, converted: Path, tmp_path:
     """With background: the pictures are their own, without their objects."""
     common = ("--base", BCM / "model", "--adapter", converted, *FAST[1:], "--seed", 1)
     given = ("--picture", normal / "good/00[01].png", "--object-mask", normal / "objects")
-    masks = ("--region-masks", normal / "masks", "--no-paste")
+    masks = ("--region-masks", normal / "masks", "--paste", "none")
     assert run("generate", *common, *given, *masks, "--out", tmp_path) == 0
     recipes = [row["recipe"] for row in rows(tmp_path)]
     assert len({recipe["background"]["picture_sha256"] for recipe in recipes}) == 2
     for recipe in recipes:
         assert recipe["placement"]["statistics"]["counts"] == [1, 1, 1]
-        assert recipe["placement"]["paste"] is False
+        assert recipe["placement"]["paste"] == "none"
 
 
 def test_pairs_are_drawn_again(
@@ -341,7 +341,7 @@ def test_demo_regions_are_those_of_its_training() -> None:
     [
         ("--region {n}/regions", "--region needs --picture"),
         ("--edge 1", "--edge needs --picture"),
-        ("--no-paste", "--paste needs --picture"),
+        ("--paste none", "--paste needs --picture"),
         ("--picture {n}/nothing", "--picture: no pictures at"),
         ("--picture {n}/good", "where does the defect go? Pass --region, or --region-masks"),
         ("--picture {n}/good --region {n}/good/none.png", "does not exist"),

@@ -183,6 +183,27 @@ def test_pasted_pictures_change_in_the_region_and_its_edge_alone(dual: Engine, e
     assert np.array_equal(np.asarray(pair.region), region)
 
 
+def test_pasted_to_the_mask_what_the_mask_calls_normal_is_normal(dual: Engine) -> None:
+    region = box(24, 24, 16)
+    drawn = {
+        paste: dual.generate(
+            seeds=[3], placement=Placement(picture(), region, paste=paste), **QUICK
+        )[0]
+        for paste in ("region", "mask")
+    }
+    image, mask = (np.asarray(x) for x in (drawn["mask"].image, drawn["mask"].mask))
+    assert np.array_equal(mask, np.asarray(drawn["region"].mask))
+    assert mask.any()
+    untouched = edge_weight(mask > 0, 4) == 0
+    assert np.array_equal(image[untouched], picture()[untouched])
+    assert not np.asarray(drawn["mask"].anomaly)[untouched].any()
+    # in the mask both are what was drawn
+    white = mask > 0
+    assert np.array_equal(image[white], np.asarray(drawn["region"].image)[white])
+    assert drawn["mask"].scores["change_outside"] <= drawn["region"].scores["change_outside"]
+    assert drawn["mask"].recipe["placement"]["paste"] == "mask"
+
+
 def test_without_paste_pictures_are_the_decoder_s(dual: Engine) -> None:
     from dualdiff_engine.pipeline.decode import decode
 
@@ -196,12 +217,14 @@ def test_without_paste_pictures_are_the_decoder_s(dual: Engine) -> None:
     image, anomaly = decode(dual.vae, seen[-1][0])
     assert torch.equal(pair.image, image)
     assert torch.equal(pair.anomaly, anomaly)
-    assert pair.recipe["placement"]["paste"] is False
+    assert pair.recipe["placement"]["paste"] == "none"
 
 
 @pytest.mark.parametrize("case", ["dual", "bcm"])
-@pytest.mark.parametrize("paste", [True, False])
-def test_mixed_placements_in_a_batch_change_no_pair(case: str, paste: bool, engine_of: Any) -> None:
+@pytest.mark.parametrize("paste", [True, False, "mask"])
+def test_mixed_placements_in_a_batch_change_no_pair(
+    case: str, paste: bool | str, engine_of: Any
+) -> None:
     engine = engine_of(case)
     each = [placed(seed, paste=paste, edge=seed) for seed in range(3)]
     mixed = engine.generate(seeds=[0, 1, 2], batch=3, placement=each, **QUICK)
@@ -370,7 +393,7 @@ def test_wrong_placements(dual: Engine, placement: Any, message: str) -> None:
         ({"edge": -1}, "edge must be from 0 to 16 latent pixels, got -1"),
         ({"edge": True}, "edge must be from 0"),
         ({"edge": float("nan")}, "edge must be from 0"),
-        ({"paste": 1}, "paste must be a bool"),
+        ({"paste": "edge"}, "paste must be one of none, region, mask"),
         ({"region": None}, "region is None"),
         ({"picture": "no.png"}, r"placement picture: no file 'no\.png'"),
         ({"object_mask": "no.png"}, "placement object_mask: no file"),
