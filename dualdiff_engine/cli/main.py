@@ -66,6 +66,7 @@ from dualdiff_engine.cli.placement import (
     PlacementOptions,
     Region,
     RegionMasks,
+    WindowRatio,
     bounds_of,
     repeated,
 )
@@ -204,6 +205,7 @@ def generate(
     region_masks: RegionMasks = None,
     edge: Edge = None,
     paste: Paste = None,
+    window: WindowRatio = None,
     background: Picture = None,
     object_mask: ObjectMask = None,
     background_noise: Noise = None,
@@ -233,7 +235,7 @@ def generate(
         noise_seed=background_noise_seed,
     )
     placing = PlacementOptions(
-        picture, region, region_masks, object_mask if of_pictures else None, edge, paste
+        picture, region, region_masks, object_mask if of_pictures else None, edge, paste, window
     )
     placements = placing.placements(partial(demos.statistics, demo) if demo else None)
     chosen = _chosen_seeds(count, seeds, seed, len(placements) or 1)

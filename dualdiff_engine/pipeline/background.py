@@ -182,7 +182,7 @@ class Surroundings:
     """A checked background.
 
     record: its part of a recipe. pixels: makes what is encoded, uint8 [H, W, 3]; None where latents
-    were given.
+    were given, or each pair's seed makes its own.
     """
 
     record: dict[str, Any]

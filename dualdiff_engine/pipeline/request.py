@@ -162,6 +162,14 @@ class Request:
     def recipe(self, number: int) -> dict[str, Any]:
         return self.recipes[number if len(self.recipes) > 1 else 0]
 
+    def around(self, number: int, seed: int) -> Surroundings:
+        """The background of a pair."""
+        shared = self.surroundings[number if len(self.surroundings) > 1 else 0]
+        if shared.pixels is not None or self.given.background_latents is not None:
+            return shared
+        assert self.canvases is not None, "only windows make a background for each seed"
+        return self.canvases.surroundings(number, seed, self.given.background_noise)
+
 
 def check(
     run: Run,
