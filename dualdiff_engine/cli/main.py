@@ -98,6 +98,7 @@ _REMEDIES = {
     "background=Background(…)": "--background PICTURE",
     "pass object_mask, or object_mask='all'": "pass --object-mask MASK, or --object-mask all",
     "exported=FOLDER": "--exported FOLDER",
+    "leave out window": "leave out --window",
     "pass trust=True (--trust)": "pass --trust",
 }
 # `UsageError` of the click that this typer uses, its own copy or the package
