@@ -19,7 +19,8 @@ from dualdiff_engine.settings import ChosenSampling, Prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 _PER_PAIR = {"seed", "mask"}
-_CIRCUMSTANCES = {"versions", "device", "backends"}
+# calls follow from the sampling; a preset is a name for values that the sampling holds
+_CIRCUMSTANCES = {"versions", "device", "backends", "calls", "preset"}
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors")
 
 
@@ -136,15 +137,20 @@ def describe(
     background: Mapping[str, Any] | None,
     given: list[str],
     segmenter: str | None,
+    calls: int,
+    preset: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """The part of a recipe that all pairs of a run share, JSON-ready.
 
-    given: names of the tensors that replaced a draw.
+    given: names of the tensors that replaced a draw. calls: of the denoiser, per pair. preset: its
+    name and its gate, as from `verdicts.of_run`.
     """
     return {
         "base": dict(facts.base),
         "adapter": dict(facts.adapter),
-        "sampling": asdict(sampling),
+        "sampling": sampling.recorded(),
+        "calls": calls,
+        "preset": dict(preset) if preset else None,
         "prompts": asdict(prompts),
         "background": dict(background) if background else None,
         "dtype": facts.dtype,

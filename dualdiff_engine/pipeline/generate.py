@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dualdiff_engine.adapters import verdicts
 from dualdiff_engine.device import is_out_of_memory, numerics
 from dualdiff_engine.errors import PairError, SettingsError
 from dualdiff_engine.model.call import Denoiser
@@ -67,10 +68,10 @@ StepCallback = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Tensor] | No
 class Run:
     """The parts that draw pairs with one adapter.
 
-    text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class
-    name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
-    in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
-    background. is_active: whether the adapter is still the one that the denoiser holds.
+    text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class name
+    and options. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height,
+    width) in pixels and scheduler: the base model's own. trained_background: whether the adapter
+    needs a background. is_active: whether the adapter is still the one that the denoiser holds.
     interrupted: whether to stop after this step. busy: held while networks run. batches: which
     batches fitted into memory.
     """
@@ -80,7 +81,7 @@ class Run:
     text_encoder: TextEncoder
     text_weights: Mapping[str, Tensor]
     vae: Any
-    make_scheduler: Callable[[str], Any]
+    make_scheduler: Callable[[str, Mapping[str, Any]], Any]
     make_noiser: Callable[[], Any]
     banks: BankStore
     device: torch.device
@@ -150,7 +151,7 @@ def check(
     _check_background(run, with_background, background_noise)
     chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
     size = _latent_size(chosen, run.pixels_per_latent)
-    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps)
+    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler, chosen.schedule), chosen.steps)
     latents = tensor_of("latents", latents, ("n", 2, 4, *size))
     background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
     noise_shape = (schedule.calls, 2, 4, *size)
@@ -171,6 +172,8 @@ def check(
         record,
         [name for name, tensor in given.items() if tensor is not None],
         str(segmenter) if segmenter else None,
+        schedule.calls,
+        verdicts.of_run(run.facts.base, run.facts.adapter, chosen),
     )
     if resume is not None:
         if latents is not None:
