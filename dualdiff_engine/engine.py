@@ -32,6 +32,7 @@ from dualdiff_engine.pipeline.generate import Resumed, Run
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
     Background,
+    Placement,
     Prompts,
     Sampling,
     max_batch_of,
@@ -283,7 +284,8 @@ class Engine:
         size: int | tuple[int, int] | None = None,
         preset: str | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
-        background: Background | None = None,
+        background: Background | Sequence[Background] | None = None,
+        placement: Placement | Sequence[Placement] | None = None,
         latents: Tensor | None = None,
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
@@ -311,7 +313,10 @@ class Engine:
             preset: "released", "fast" or "draft", which fills in what is not given. Default: none,
                 which is the same as "released".
             prompts: `Prompts`, or (image prompt, anomaly prompt). Default: the released ones.
-            background: The surroundings to keep, for adapters trained with a background.
+            background: The surroundings to keep, for adapters trained with a background; one for
+                all pairs, or one per pair. Default with a placement: its picture, object black.
+            placement: Where the defect goes, on which normal picture; one for all pairs, or one per
+                pair. All else stays as in the picture.
             latents: [n, 2, 4, h, w] in place of the draws; standard normal.
             background_latents: [2, 4, h, w] (uncond, cond) in place of the encoded background.
             background_noise: [calls, 2, 4, h, w] in place of the draws.
@@ -347,6 +352,7 @@ class Engine:
                 preset=preset,
                 prompts=prompts,
                 background=background,
+                placement=placement,
                 latents=latents,
                 background_latents=background_latents,
                 background_noise=background_noise,
@@ -372,7 +378,8 @@ class Engine:
         size: int | tuple[int, int] | None = None,
         preset: str | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
-        background: Background | None = None,
+        background: Background | Sequence[Background] | None = None,
+        placement: Placement | Sequence[Placement] | None = None,
         latents: Tensor | None = None,
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
@@ -397,6 +404,7 @@ class Engine:
             batch=batch,
             prompts=prompts,
             background=background,
+            placement=placement,
             latents=latents,
             background_latents=background_latents,
             background_noise=background_noise,

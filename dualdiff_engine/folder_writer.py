@@ -20,7 +20,7 @@ from PIL import Image
 
 from dualdiff_engine.errors import OutputError, SettingsError
 from dualdiff_engine.files import partial_name, sync
-from dualdiff_engine.pair import Fault, Pair, same_recipe
+from dualdiff_engine.pair import Fault, Pair, differences, identity
 from dualdiff_engine.pictures import is_whole_png
 
 MANIFEST = "manifest.jsonl"
@@ -103,11 +103,13 @@ class FolderWriter:
         """The recipe of the last pair in the folder, None where there is no pair."""
         return self._rows[-1].recipe if self._rows else None
 
-    def missing(self, recipe: Mapping[str, Any], seeds: Sequence[int], free: bool) -> list[int]:
-        """The seeds whose pairs are not in the folder yet.
+    def missing(
+        self, recipes: Sequence[Mapping[str, Any]], seeds: Sequence[int], free: bool
+    ) -> list[tuple[int, int]]:
+        """The pairs that are not in the folder yet, each as its number and its seed.
 
         Args:
-            recipe: What the pairs of the run share.
+            recipes: One per seed, or one for all.
             seeds: What was asked for, in order.
             free: Whether only their number was asked for: pairs that are there count.
 
@@ -117,28 +119,74 @@ class FolderWriter:
         """
         if twice := [seed for seed, count in Counter(seeds).items() if count > 1]:
             raise SettingsError(f"seed {twice[0]} is given twice: give every seed once")
-        own = [row for row in self._rows if not same_recipe(recipe, row.recipe)]
-        if len(own) < len(self._rows) and not self.append:
-            other = next(row for row in self._rows if same_recipe(recipe, row.recipe))
-            raise OutputError(
-                f"{self.root} holds pairs of another recipe (other "
-                f"{', '.join(same_recipe(recipe, other.recipe))}): choose another folder, or pass "
-                "append=True to add to it"
-            )
-        aside = [row for row in self._quarantined() if not same_recipe(recipe, row.recipe)]
-        self._lost = {row.seed: row for row in own if not self._whole(row)}
-        there = {row.seed for row in own} - set(self._lost)
-        gone = {row.seed for row in aside}
+        own = [_key(identity(recipe)) for recipe in recipes]
+        asked = own * len(seeds) if len(own) == 1 else own
+        self._refuse_others(recipes, dict(zip(seeds, asked, strict=True)), free)
+        rows = [(_key(identity(row.recipe)), row) for row in self._rows]
+        ours = [(key, row) for key, row in rows if key in set(own)]
+        lost = [(key, row) for key, row in ours if not self._whole(row)]
+        self._lost = {row.seed: row for _, row in lost}
+        there = {(key, row.seed) for key, row in ours if row.seed not in self._lost}
+        gone = {(_key(identity(row.recipe)), row.seed) for row in self._quarantined()}
         if free:
-            rest = max(0, len(seeds) - len(there) - len(self._lost))
-            wanted = [*self._lost, *(seed for seed in seeds if seed not in there | gone)][
-                : len(self._lost) + rest
-            ]
-            self.present, self.set_aside = min(len(there), len(seeds)), 0
-            return wanted if len(there) < len(seeds) else []
-        self.present = len(there & set(seeds))
-        self.set_aside = len(gone & set(seeds))
-        return [seed for seed in seeds if seed not in there | gone]
+            self.set_aside = 0
+            return self._fill_up(asked, seeds, there, lost, gone)
+        pairs = [(key, seed) for key, seed in zip(asked, seeds, strict=True)]
+        self.present = len(there & set(pairs))
+        self.set_aside = len(gone & set(pairs))
+        return [
+            (number, seed)
+            for number, (key, seed) in enumerate(pairs)
+            if (key, seed) not in there | gone
+        ]
+
+    def _fill_up(
+        self,
+        asked: Sequence[str],
+        seeds: Sequence[int],
+        there: set[tuple[str, int]],
+        lost: Sequence[tuple[str, Row]],
+        gone: set[tuple[str, int]],
+    ) -> list[tuple[int, int]]:
+        """Pairs to draw so that every recipe is there as often as it is asked for, by any seeds."""
+        counts = Counter(key for key, _ in there)
+        again = {key: [row.seed for k, row in lost if k == key] for key in set(asked)}
+        wanted = []
+        for number, key in enumerate(asked):
+            if counts[key]:
+                counts[key] -= 1
+            elif again[key]:
+                wanted.append((number, again[key].pop(0)))
+            elif (key, seeds[number]) not in there | gone:
+                wanted.append((number, seeds[number]))
+        self.present = len(asked) - len(wanted)
+        return wanted
+
+    def _refuse_others(
+        self, recipes: Sequence[Mapping[str, Any]], asked: Mapping[int, str], free: bool
+    ) -> None:
+        """Raises OutputError when a row belongs to no run of these recipes.
+
+        Where pairs have pictures of their own, rows of seeds that are not asked for may have any.
+        """
+        if self.append:
+            return
+        first = identity(recipes[0])
+        shared = identity(recipes[0], pictures=False)
+        for row in self._rows:
+            theirs = identity(row.recipe)
+            if len(set(asked.values())) == 1:
+                others = differences(first, theirs)
+            else:
+                others = differences(shared, identity(row.recipe, pictures=False))
+                own = None if free else asked.get(row.seed)
+                if not others and own is not None and own != _key(theirs):
+                    others = [f"picture or region for seed {row.seed}"]
+            if others:
+                raise OutputError(
+                    f"{self.root} holds pairs of another recipe (other {', '.join(others)}): "
+                    "choose another folder, or pass append=True to add to it"
+                )
 
     def write(self, pair: Pair) -> int:
         """Write a pair, whole or not at all.
@@ -230,6 +278,10 @@ class FolderWriter:
         for path in (path for kind in KINDS for path in (self.root / kind).iterdir()):
             if path.suffix == ".png" and path.stem.isdecimal() and int(path.stem) >= first:
                 raise OutputError(f"{path} is not listed in {MANIFEST}: choose another folder")
+
+
+def _key(identity: Mapping[str, str]) -> str:
+    return json.dumps(identity, sort_keys=True)
 
 
 @contextmanager

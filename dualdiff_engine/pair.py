@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 _PER_PAIR = {"seed", "mask"}
 # calls follow from the sampling; a preset is a name for values that the sampling holds
 _CIRCUMSTANCES = {"versions", "device", "backends", "calls", "preset"}
+# what pairs of one run may have of their own
+_PICTURES = ("background", "placement")
+_OLDER: Mapping[str, Any] = {"tf32": False, "placement": None}
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors")
 
 
@@ -36,6 +40,7 @@ class Pair:
         seed: Of the pair's noise.
         empty_mask: Whether the anomaly image shows no defect.
         full_mask: Whether the mask covers the whole picture, which no defect does.
+        region: With a placement 255 where the defect was to go, as `mask`; else None.
         recipe: Everything needed to reproduce the pair, JSON-ready.
     """
 
@@ -46,6 +51,7 @@ class Pair:
     empty_mask: bool
     recipe: dict[str, Any] = field(repr=False)
     full_mask: bool = False
+    region: Any = None
 
 
 @dataclass(frozen=True)
@@ -111,36 +117,41 @@ class Facts:
     tf32: bool = False
 
 
-def same_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Names of what differs between two recipes, other than their seeds and masks.
+def identity(recipe: Mapping[str, Any], *, pictures: bool = True) -> dict[str, str]:
+    """Of every part of a recipe that tells runs apart, its JSON: not seeds and masks.
 
     Where files lay and what the machine offered is no difference: the weights' hashes count, and
-    paths, versions, devices and backends do not.
+    paths, versions, devices and backends do not. pictures: whether the hashes of normal pictures
+    and regions count, which pairs of one run may have of their own.
     """
+    # recipes of older versions do not say all
+    recipe = {**_OLDER, **recipe}
+    kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
+    for part in _PICTURES if not pictures else ():
+        settings = (kept.get(part) or {}).items()
+        kept[part] = [[k, v] for k, v in settings if not k.endswith("_sha256")]
+    for part in ("base", "adapter"):
+        kept[part] = (kept.get(part) or {}).get("sha256")
+    return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
 
-    def compared(recipe: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
-        # recipes of older versions do not say it
-        kept.setdefault("tf32", False)
-        for part in ("base", "adapter"):
-            kept[part] = (kept.get(part) or {}).get("sha256")
-        return json.loads(json.dumps(kept))
 
-    a, b = compared(ours), compared(theirs)
-    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Names of what differs between two identities."""
+    names = ours.keys() | theirs.keys()
+    return sorted(name for name in names if ours.get(name) != theirs.get(name))
 
 
 def describe(
     facts: Facts,
     sampling: ChosenSampling,
     prompts: Prompts,
-    background: Mapping[str, Any] | None,
     given: list[str],
-    segmenter: str | None,
+    segmenter: str | Path | None,
     calls: int,
+    *,
     preset: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """The part of a recipe that all pairs of a run share, JSON-ready.
+    """The part of a recipe that all pairs of a run share, JSON-ready: all but their pictures.
 
     given: names of the tensors that replaced a draw. calls: of the denoiser, per pair. preset: its
     name and its gate, as from `verdicts.of_run`.
@@ -152,12 +163,11 @@ def describe(
         "calls": calls,
         "preset": dict(preset) if preset else None,
         "prompts": asdict(prompts),
-        "background": dict(background) if background else None,
         "dtype": facts.dtype,
         "device": facts.device,
         "backends": dict(facts.backends),
         "tf32": facts.tf32,
         "versions": versions(),
         "given": given,
-        "segmenter": segmenter,
+        "segmenter": str(segmenter) if segmenter else None,
     }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dualdiff_engine.pair import Pair
+    from dualdiff_engine.pipeline.regions import RegionStatistics
 
 SHEET = "sheet.png"
 COLUMNS = 8
@@ -49,6 +50,9 @@ def filled(
     own = {key: value for key, value in preset.options().items() if key not in SAMPLING}
     if "sampling" in given:
         given["sampling"] = _sampling(given["sampling"])
+    if "placement" in given:
+        # the user's pictures are their own backgrounds
+        own.pop("background", None)
     return str(BASE), preset.adapter, {**own, **given}
 
 
@@ -58,6 +62,14 @@ def _sampling(given: Sampling) -> Sampling:
         return given
     own = {**SAMPLING, "steps": SAMPLING["steps"] if given.timesteps is None else None}
     return replace(given, **{k: v for k, v in own.items() if getattr(given, k) is None})
+
+
+def statistics(name: str) -> RegionStatistics:
+    """Of the masks that a preset's adapter was trained with. Raises SettingsError."""
+    from dualdiff_engine.demo.train.adapters import training_masks
+    from dualdiff_engine.pipeline.regions import region_statistics
+
+    return region_statistics(training_masks(find(name)))
 
 
 def demo(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,6 +61,15 @@ from dualdiff_engine.cli.options import (
     Trust,
     Tune,
 )
+from dualdiff_engine.cli.placement import (
+    Edge,
+    Paste,
+    Pictures,
+    PlacementOptions,
+    Region,
+    RegionMasks,
+    repeated,
+)
 from dualdiff_engine.cli.train import train
 from dualdiff_engine.cli.tune import continued
 from dualdiff_engine.errors import (
@@ -84,6 +94,7 @@ _REMEDIES = {
     "allow_pickle=True": "--allow-pickle",
     "append=True": "--append",
     "background=Background(…)": "--background PICTURE",
+    "pass object_mask, or object_mask='all'": "pass --object-mask MASK, or --object-mask all",
     "exported=FOLDER": "--exported FOLDER",
     "pass batch=": "pass --batch ",
     "pass trust=True (--trust)": "pass --trust",
@@ -185,6 +196,11 @@ def generate(
     image_prompt: Prompt = settings.IMAGE_PROMPT,
     anomaly_prompt: Prompt = settings.ANOMALY_PROMPT,
     negative_prompt: Prompt = "",
+    picture: Pictures = None,
+    region: Region = None,
+    region_masks: RegionMasks = None,
+    edge: Edge = None,
+    paste: Paste = None,
     background: Picture = None,
     object_mask: ObjectMask = None,
     background_noise: Noise = None,
@@ -205,11 +221,21 @@ def generate(
     sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
     sampling |= {"preset": preset, "spacing": spacing, "order": order, "karras": karras}
     sampling |= {"skip_prk": skip_prk, "timesteps": _timesteps(timesteps)}
+    # of the background, if there is one, else of the pictures
+    of_pictures = picture is not None and background is None
     surroundings = _given(
-        object_mask=object_mask, noise=background_noise, noise_seed=background_noise_seed
+        object_mask=None if of_pictures else object_mask,
+        noise=background_noise,
+        noise_seed=background_noise_seed,
     )
+    placing = PlacementOptions(
+        picture, region, region_masks, object_mask if of_pictures else None, edge, paste
+    )
+    placements = placing.placements(partial(demos.statistics, demo) if demo else None)
+    chosen = _chosen_seeds(count, seeds, seed, len(placements) or 1)
     options: dict[str, Any] = {
-        **_chosen_seeds(count, seeds, seed),
+        **chosen,
+        "placement": repeated(placements, chosen),
         "sampling": _sampling(sampling, size),
         "prompts": Prompts(image_prompt, anomaly_prompt, negative_prompt),
         "background": _surroundings(background, surroundings),
@@ -243,15 +269,17 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _chosen_seeds(count: int | None, seeds: str | None, first: int | None) -> dict[str, Any]:
-    """The arguments of `Engine.stream` that select the pairs."""
+def _chosen_seeds(
+    count: int | None, seeds: str | None, first: int | None, default: int
+) -> dict[str, Any]:
+    """The arguments of `Engine.stream` that select the pairs; default: how many."""
     if seeds is not None:
         if count is not None or first is not None:
             raise SettingsError("--seeds already selects the pairs: leave out --count and --seed")
         return {"seeds": _listed(seeds)}
     if first is None:
-        return {"n": count or 1}
-    chosen = range(first, first + (count or 1))
+        return {"n": count or default}
+    chosen = range(first, first + (count or default))
     for seed in (chosen[0], chosen[-1]):
         settings.require_seed(seed)
     return {"seeds": chosen}
@@ -293,7 +321,10 @@ def _sampling(given: dict[str, Any], size: str | None) -> Sampling:
 def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | None:
     if picture is None:
         if given:
-            raise SettingsError("--object-mask and --background-noise… need --background PICTURE")
+            raise SettingsError(
+                "--object-mask and --background-noise… need --background PICTURE, or a mask of "
+                "--picture"
+            )
         return None
     from dualdiff_engine.pipeline.background import opened
 

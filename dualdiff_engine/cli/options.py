@@ -72,7 +72,11 @@ Size = Annotated[str | None, typer.Option(help="Size in pixels: 512, or 512x768 
 Prompt = Annotated[str, typer.Option()]
 Picture = Annotated[Path | None, typer.Option(**FILE, help="Picture whose background is kept.")]
 ObjectMask = Annotated[
-    Path | None, typer.Option(**FILE, help="Mask of the object in that picture, in white.")
+    str | None,
+    typer.Option(
+        help="Mask of the object in that picture, in white. With --picture also a folder of masks, "
+        "or 'all' for a texture."
+    ),
 ]
 Noise = Annotated[
     NoiseMode | None,

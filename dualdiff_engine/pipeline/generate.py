@@ -31,17 +31,23 @@ from dualdiff_engine.pair import (
     present_mask,
     to_uint8,
 )
+from dualdiff_engine.pipeline import background as backgrounds
 from dualdiff_engine.pipeline import faults
-from dualdiff_engine.pipeline.background import BackgroundBank, BankStore, cut_out, record_of
+from dualdiff_engine.pipeline import placement as placing
+from dualdiff_engine.pipeline.background import Bank, BankOfEach, BankStore, Surroundings
 from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock, Stderr
+from dualdiff_engine.pipeline.blend import Level
 from dualdiff_engine.pipeline.decode import decode
 from dualdiff_engine.pipeline.denoise import Schedule, denoise, draw_latents
+from dualdiff_engine.pipeline.encode import PictureLatents
 from dualdiff_engine.pipeline.faults import FiniteWatch
 from dualdiff_engine.pipeline.masks import MaskResult, Segmenter, extract_mask
+from dualdiff_engine.pipeline.placement import Canvas, Canvases, Placed
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
     Background,
     ChosenSampling,
+    Placement,
     Prompts,
     Sampling,
     batch_of,
@@ -52,9 +58,12 @@ from dualdiff_engine.settings import (
 class Resumed(Protocol):
     """Where pairs go; knows which are there."""
 
-    def missing(self, recipe: Mapping[str, Any], seeds: Sequence[int], free: bool) -> list[int]:
-        """The seeds to draw; free: they were not asked for by number.
+    def missing(
+        self, recipes: Sequence[Mapping[str, Any]], seeds: Sequence[int], free: bool
+    ) -> list[tuple[int, int]]:
+        """The pairs to draw, each as its number and its seed.
 
+        recipes: one per seed, or one for all. free: the seeds were not asked for by number.
         Raises OutputError when what is there was drawn by another recipe.
         """
         ...
@@ -103,19 +112,23 @@ class Run:
 class Request:
     """What a caller asked for, checked. No network has run.
 
-    tokens: ids of the prompts, as from `TextEncoder.tokenize_pair`. surroundings: pixels of the
-    background, uint8 [H, W, 3]. latents [n, 2, 4, h, w], background_latents [2, 4, h, w] and
-    background_noise [calls, 2, 4, h, w] replace the draws.
+    pairs: those to draw, each as its number among those asked for and its seed; placements,
+    backgrounds and given latents have that number. tokens: ids of the prompts, as from
+    `TextEncoder.tokenize_pair`. surroundings: none, one for all pairs, or one per pair asked for.
+    latents [n, 2, 4, h, w], background_latents [2, 4, h, w] and background_noise
+    [calls, 2, 4, h, w] replace the draws. recipes: one per pair asked for, or one for all.
     """
 
-    seeds: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...]
     batch: int
     sampling: ChosenSampling
     schedule: Schedule
     latent_size: tuple[int, int]
     prompts: Prompts
     tokens: Tensor
-    surroundings: np.ndarray | None
+    surroundings: tuple[Surroundings, ...]
+    canvases: Canvases | None
+    levels: list[Level]
     latents: Tensor | None
     background_latents: Tensor | None
     background_noise: Tensor | None
@@ -124,7 +137,35 @@ class Request:
     callback: StepCallback | None
     on_fault: Callable[[Fault], None] | None
     progress: bool
-    recipe: dict[str, Any]
+    recipes: tuple[dict[str, Any], ...]
+
+    def recipe(self, number: int) -> dict[str, Any]:
+        return self.recipes[number if len(self.recipes) > 1 else 0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs that are drawn at once; all of their own tensors are per pair.
+
+    noise: [B, 2, 4, h, w]; generators: those of the pairs, which have drawn it. bank: of the
+    background, if there is one. placed: of the placements, if there are any.
+    """
+
+    noise: Tensor
+    generators: list[torch.Generator]
+    bank: Bank | None
+    placed: Placed | None
+
+    def half(self) -> Batch:
+        """The first half, as before it was drawn."""
+        pairs = len(self.noise) // 2
+        # a pair's generators have drawn: its seed starts again
+        seeds = [generator.initial_seed() for generator in self.generators[:pairs]]
+        again = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draw_latents(again, *self.noise.shape[-2:])
+        bank = self.bank.first(pairs) if isinstance(self.bank, BankOfEach) else self.bank
+        placed = self.placed.first(pairs) if self.placed else None
+        return Batch(self.noise[:pairs], again, bank, placed)
 
 
 def check(
@@ -135,7 +176,8 @@ def check(
     *,
     batch: int | None,
     prompts: Prompts | tuple[str, str] | None,
-    background: Background | None,
+    background: Background | Sequence[Background] | None,
+    placement: Placement | Sequence[Placement] | None,
     latents: Tensor | None,
     background_latents: Tensor | None,
     background_noise: Tensor | None,
@@ -147,7 +189,11 @@ def check(
     progress: bool,
 ) -> Request:
     """Check everything once, before anything is computed. Raises SettingsError, SegmenterError."""
+    placements = placing.listed(placement)
     with_background = background is not None or background_latents is not None
+    # the normal picture is its own background
+    own = bool(placements) and run.trained_background and not with_background
+    with_background |= own
     _check_background(run, with_background, background_noise)
     chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
     size = _latent_size(chosen, run.pixels_per_latent)
@@ -156,32 +202,24 @@ def check(
     background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
     noise_shape = (schedule.calls, 2, 4, *size)
     background_noise = tensor_of("background_noise", background_noise, noise_shape)
-    pairs = seeds_of(n, seeds, None if latents is None else len(latents))
+    pairs = _seeds(n, seeds, latents, placement)
     batch = batch_of(batch, run.max_batch, len(pairs))
-    surroundings, record = None, None
-    if with_background:
-        surroundings, record = _surroundings(
-            background, chosen, background_latents, background_noise
-        )
+    canvases = _canvases(run, placements, len(pairs), chosen, need_object=own)
+    surroundings = _surroundings(
+        canvases if own and canvases else backgrounds.listed(background, len(pairs)),
+        chosen, background_latents, background_noise,
+    )  # fmt: skip
     parsed = Prompts.of(prompts)
     given = {"latents": latents, "background_latents": background_latents}
-    recipe = describe(
-        run.facts,
-        chosen,
-        parsed,
-        record,
-        [name for name, tensor in given.items() if tensor is not None],
-        str(segmenter) if segmenter else None,
-        schedule.calls,
-        verdicts.of_run(run.facts.base, run.facts.adapter, chosen),
-    )
-    if resume is not None:
-        if latents is not None:
-            raise SettingsError("given latents cannot be continued: leave out latents or resume")
-        free = seeds is None and not isinstance(n, Sequence)
-        pairs = tuple(resume.missing(recipe, pairs, free))
+    names = [name for name, tensor in given.items() if tensor is not None]
+    recipe = _recipe(run.facts, chosen, parsed, names, segmenter, schedule.calls)
+    recipes = _recipes(recipe, surroundings, canvases)
+    if resume is not None and latents is not None:
+        raise SettingsError("given latents cannot be continued: leave out latents or resume")
+    free = seeds is None and not isinstance(n, Sequence)
+    drawn = enumerate(pairs) if resume is None else resume.missing(recipes, pairs, free)
     return Request(
-        seeds=pairs,
+        pairs=tuple(drawn),
         batch=batch,
         sampling=chosen,
         schedule=schedule,
@@ -189,6 +227,8 @@ def check(
         prompts=parsed,
         tokens=run.text_encoder.tokenize_pair(parsed),
         surroundings=surroundings,
+        canvases=canvases,
+        levels=schedule.noise_levels() if canvases else [],
         latents=latents,
         background_latents=background_latents,
         background_noise=background_noise,
@@ -197,7 +237,70 @@ def check(
         callback=callback,
         on_fault=on_fault,
         progress=progress,
-        recipe=recipe,
+        recipes=recipes,
+    )
+
+
+def _seeds(n: Any, seeds: Any, latents: Tensor | None, placement: Any) -> tuple[int, ...]:
+    """As `seeds_of`; without any, as many as there are placements."""
+    if n is None and seeds is None and latents is None and isinstance(placement, list | tuple):
+        n = len(placement)
+    return seeds_of(n, seeds, None if latents is None else len(latents))
+
+
+def _canvases(
+    run: Run,
+    placements: Sequence[Placement] | None,
+    pairs: int,
+    sampling: ChosenSampling,
+    *,
+    need_object: bool,
+) -> Canvases | None:
+    if placements is None:
+        return None
+    if len(placements) not in (1, pairs):
+        raise SettingsError(
+            f"placement lists {len(placements)} for {pairs} pairs: give one per pair, or one for "
+            "all"
+        )
+    size = sampling.height, sampling.width
+    return Canvases(placements, size, run.pixels_per_latent, need_object=need_object)
+
+
+def _surroundings(
+    source: Sequence[Background] | Canvases,
+    sampling: ChosenSampling,
+    latents: Tensor | None,
+    noise: Tensor | None,
+) -> tuple[Surroundings, ...]:
+    """The backgrounds of a run, opened and checked; source: or the canvases that they are."""
+    if isinstance(source, Canvases):
+        return source.backgrounds(noise)
+    if latents is None:
+        size = sampling.height, sampling.width
+        return tuple(Surroundings.of(each, size, noise) for each in source)
+    if len(source) > 1:
+        raise SettingsError("background_latents replace one background: pass one background")
+    record = backgrounds.record_of(source[0] if source else Background(None), None, noise)
+    return (Surroundings(record, None),)
+
+
+def _recipe(facts: Facts, sampling: ChosenSampling, *rest: Any) -> dict[str, Any]:
+    """As `describe`, with what is known of the preset."""
+    preset = verdicts.of_run(facts.base, facts.adapter, sampling)
+    return describe(facts, sampling, *rest, preset=preset)
+
+
+def _recipes(
+    shared: dict[str, Any], surroundings: Sequence[Surroundings], canvases: Canvases | None
+) -> tuple[dict[str, Any], ...]:
+    """One for all pairs, or one for each where they have pictures of their own."""
+    around: list[dict[str, Any] | None] = [each.record for each in surroundings] or [None]
+    placed: list[dict[str, Any] | None] = [*canvases.records] if canvases else [None]
+    count = max(len(around), len(placed))
+    around, placed = (x * count if len(x) == 1 else x for x in (around, placed))
+    return tuple(
+        {**shared, "background": a, "placement": p} for a, p in zip(around, placed, strict=True)
     )
 
 
@@ -213,42 +316,57 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
         OutOfMemoryError: Not even one pair fits.
         SettingsError: The adapter was switched, or the engine is in use by another caller.
     """
-    if not request.seeds or run.interrupted():
+    if not request.pairs or run.interrupted():
         return
+    encoded = PictureLatents(run.vae)
     with _networks(run):
         text = _text(run, request)
-        bank = _background(run, request)
-    start, total = 0, request.schedule.calls * len(request.seeds)
+    start, total = 0, request.schedule.calls * len(request.pairs)
     with tqdm(total=total, disable=not request.progress, unit="call", file=Stderr()) as bar:
-        while start < len(request.seeds):
+        while start < len(request.pairs):
             _check_active(run)
             with _networks(run):
-                batch = run.batches.next(min(request.batch, len(request.seeds) - start))
-                noise, generators = _noise(request, start, batch)
-                drawn = _denoise(run, request, text, bank, noise, generators, bar)
+                count = run.batches.next(min(request.batch, len(request.pairs) - start))
+                batch = _batch(run, request, encoded, start, count)
+                drawn = _denoise(run, request, text, batch, bar)
             if drawn is None:
                 return
-            for seed, latents, bad_step in zip(request.seeds[start:], *drawn, strict=False):
-                yield from _finished(run, request, seed, latents, bad_step)
+            canvases = batch.placed.canvases if batch.placed else (None,) * count
+            # a batch that did not fit is shorter
+            for offset, (latents, bad_step) in enumerate(zip(*drawn, strict=True)):
+                place, canvas = start + offset, canvases[offset]
+                yield from _finished(run, request, place, latents, bad_step, canvas)
             start += len(drawn[0])
 
 
 def _finished(
-    run: Run, request: Request, seed: int, latents: Tensor, bad_step: int
+    run: Run,
+    request: Request,
+    place: int,
+    latents: Tensor,
+    bad_step: int,
+    canvas: Canvas | None,
 ) -> Iterator[Pair]:
-    """The decoded pair with its mask; nothing, after `on_fault`, when it cannot be used."""
+    """The decoded pair with its mask; nothing, after `on_fault`, when it cannot be used.
+
+    place: of the pair among those to draw.
+    """
+    number, seed = request.pairs[place]
+    recipe = request.recipe(number)
     fault = faults.of_latents(bad_step, run.dtype)
     if fault is None:
         with _networks(run):
             image, anomaly = decode(run.vae, latents)
         fault = faults.of_pictures(image, anomaly)
     if fault is None:
+        if canvas is not None:
+            image, anomaly = canvas.paste(image, anomaly)
         mask = request.segment(to_uint8(anomaly))
-        yield _pair(request, seed, image, anomaly, mask)
+        yield _pair(request, recipe, seed, image, anomaly, mask, canvas)
     elif request.on_fault is None:
         raise PairError(seed, fault)
     else:
-        request.on_fault(Fault(seed, fault, {**request.recipe, "seed": seed}))
+        request.on_fault(Fault(seed, fault, {**recipe, "seed": seed}))
 
 
 @contextmanager
@@ -265,65 +383,63 @@ def _text(run: Run, request: Request) -> list[Tensor]:
     return run.denoiser.text_inputs(context.to(run.device, run.dtype))
 
 
-def _surroundings(
-    background: Background | None,
-    sampling: ChosenSampling,
-    latents: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Pixels of the background, if it is encoded, and its part of the recipe."""
-    pixels = None
-    if background is not None and latents is None:
-        pixels = cut_out(background, sampling.height, sampling.width)
-    return pixels, record_of(background or Background(None), pixels, noise)
-
-
-def _background(run: Run, request: Request) -> BackgroundBank | None:
-    """What the image branch reads of the background, call by call."""
-    record = request.recipe["background"]
-    if record is None:
+def _bank(
+    run: Run, request: Request, encoded: PictureLatents, numbers: Sequence[int]
+) -> Bank | None:
+    """What the image branch reads of the backgrounds of these pairs, call by call."""
+    if not request.surroundings:
         return None
-    return run.banks.open(
-        record,
-        request.surroundings,
-        request.background_latents,
-        request.background_noise,
-        shape=(request.sampling.rows, 4, *request.latent_size),
-        prompts=request.prompts,
-        vae=run.vae,
-        make_noiser=run.make_noiser,
-        device=run.device,
-    )
+
+    def opened(surroundings: Surroundings) -> backgrounds.BackgroundBank:
+        return run.banks.open(
+            surroundings.record,
+            surroundings.pixels,
+            request.background_latents,
+            request.background_noise,
+            shape=(request.sampling.rows, 4, *request.latent_size),
+            prompts=request.prompts,
+            encoded=encoded,
+            make_noiser=run.make_noiser,
+            device=run.device,
+        )
+
+    if len(request.surroundings) == 1:
+        return opened(request.surroundings[0])
+    own = [request.surroundings[number] for number in numbers]
+    # equal backgrounds are one
+    banks = {tuple(each.record.values()): each for each in own}
+    open_banks = {key: opened(each) for key, each in banks.items()}
+    return BankOfEach([open_banks[tuple(each.record.values())] for each in own])
 
 
-def _noise(request: Request, start: int, batch: int) -> tuple[Tensor, list[torch.Generator]]:
-    """Latents [B, 2, 4, h, w] of a batch from a pair on, and its pairs' generators."""
-    seeds = request.seeds[start : start + batch]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+def _batch(run: Run, request: Request, encoded: PictureLatents, start: int, count: int) -> Batch:
+    """The pairs from a place on, among those to draw."""
+    pairs = request.pairs[start : start + count]
+    numbers = [number for number, _ in pairs]
+    generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
     # drawn in any case: the generators go on to the scheduler's own noise
-    latents = draw_latents(generators, *request.latent_size)
+    noise = draw_latents(generators, *request.latent_size)
     if request.latents is not None:
-        latents = request.latents[start : start + len(seeds)]
-    return latents, generators
+        noise = request.latents[numbers]
+    placed = None
+    if request.canvases is not None:
+        canvases = [request.canvases.canvas(number, seed) for number, seed in pairs]
+        placed = Placed.of(canvases, encoded, run.vae.config.scaling_factor, run.device)
+    bank = _bank(run, request, encoded, numbers)
+    return Batch(noise.to(run.device), generators, bank, placed)
 
 
 def _denoise(
-    run: Run,
-    request: Request,
-    text: Sequence[Tensor],
-    bank: BackgroundBank | None,
-    noise: Tensor,
-    generators: Sequence[torch.Generator],
-    bar: tqdm[Any],
+    run: Run, request: Request, text: Sequence[Tensor], batch: Batch, bar: tqdm[Any]
 ) -> tuple[Tensor, list[int]] | None:
     """Clean latents [B, 2, 4, h, w] and the first bad step of each pair; None when interrupted.
 
     A batch that does not fit gives those of its first half.
     """
-    watch, before = FiniteWatch(), bar.n
+    watch, before, pairs = FiniteWatch(), bar.n, len(batch.noise)
 
     def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-        bar.update(len(noise))
+        bar.update(pairs)
         if request.callback is not None:
             latents = _changed(request.callback(step, timestep, {"latents": latents}), latents)
         watch.look(step, latents)
@@ -334,12 +450,13 @@ def _denoise(
             run.denoiser,
             run.ops,
             request.schedule.fresh(),
-            noise.to(run.device),
+            batch.noise,
             text,
             request.sampling,
-            generators,
-            bank,
+            batch.generators,
+            batch.bank,
             step_end,
+            batch.placed.blend(batch.noise, request.levels) if batch.placed else None,
         )
     except (RuntimeError, MemoryError, OSError, ValueError) as error:
         if not is_out_of_memory(error):
@@ -349,12 +466,8 @@ def _denoise(
         return None if clean is None else (clean, watch.first_bad())
     # outside the handler, so that the failed batch's tensors are gone
     bar.update(before - bar.n)
-    half = run.batches.failed(len(noise))
-    # a pair's generators have drawn: its seed starts again
-    seeds = [generator.initial_seed() for generator in generators[:half]]
-    again = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draw_latents(again, *request.latent_size)
-    return _denoise(run, request, text, bank, noise[:half], again, bar)
+    run.batches.failed(pairs)
+    return _denoise(run, request, text, batch.half(), bar)
 
 
 def _changed(returned: Any, latents: Tensor) -> Tensor:
@@ -371,7 +484,15 @@ def _changed(returned: Any, latents: Tensor) -> Tensor:
     return changed.to(latents)
 
 
-def _pair(request: Request, seed: int, image: Tensor, anomaly: Tensor, result: MaskResult) -> Pair:
+def _pair(
+    request: Request,
+    recipe: Mapping[str, Any],
+    seed: int,
+    image: Tensor,
+    anomaly: Tensor,
+    result: MaskResult,
+    canvas: Canvas | None,
+) -> Pair:
     mask = {
         "threshold": float(result.threshold),
         "area": float(result.area),
@@ -384,7 +505,8 @@ def _pair(request: Request, seed: int, image: Tensor, anomaly: Tensor, result: M
         seed=seed,
         empty_mask=bool(result.empty),
         full_mask=bool(np.all(result.mask > 0)),
-        recipe={**request.recipe, "seed": seed, "mask": mask},
+        recipe={**recipe, "seed": seed, "mask": mask},
+        region=None if canvas is None else present_mask(canvas.mask, request.output_type),
     )
 
 

@@ -118,7 +118,10 @@ class BundledVae:
 
     def _session(self, graph: str) -> Session:
         if graph not in self._graphs:
-            raise BackendError(f"{self._folder} holds no {graph}.onnx: write the bundle again")
+            raise BackendError(
+                f"{self._folder} holds no {graph}.onnx, which this request needs: write the bundle "
+                "again with `dualdiff export bundle`"
+            )
         if graph not in self._sessions:
             self._sessions[graph] = Session(self._folder / f"{graph}.onnx", self.device)
         return self._sessions[graph]

@@ -57,6 +57,48 @@ def test_background_pictures(bundle: Any, engine_of: Any) -> None:
     assert float((ours[0].image - eager[0].image).abs().max()) <= PICTURES
 
 
+def test_placements(bundle: Any, engine_of: Any) -> None:
+    """A picture per pair, and with background a background per pair, in one batch."""
+    import numpy as np
+
+    from dualdiff_engine import Placement
+
+    region = np.zeros((128, 128), np.uint8)
+    region[32:80, 40:96] = 255
+    options: dict[str, Any] = {"steps": 2, "batch": 2, "output_type": "pt"}
+    for case in ("dual", "bcm"):
+        each = [
+            Placement(
+                np.random.default_rng(n).integers(0, 255, (128, 128, 3), dtype=np.uint8),
+                region, object_mask=np.pad(region[16:-16, 16:-16], 16),
+            )
+            for n in range(2)
+        ]  # fmt: skip
+        ours = Engine.from_bundle(bundle(case)).generate([4, 5], placement=each, **options)
+        eager = engine_of(case).generate([4, 5], placement=each, **options)
+        for one, other in zip(ours, eager, strict=True):
+            assert one.recipe["placement"] == other.recipe["placement"]
+            assert float((one.image - other.image).abs().max()) <= PICTURES
+
+
+def test_a_bundle_of_before_says_what_a_placement_needs(copy: Path) -> None:
+    import numpy as np
+
+    from dualdiff_engine import Placement
+
+    (copy / "vae_encoder.onnx").unlink()
+    manifest = json.loads((copy / "bundle.json").read_text())
+    del manifest["files"]["vae_encoder.onnx"]
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    picture = np.zeros((64, 64, 3), np.uint8)
+    own = Placement(picture, np.pad(np.full((32, 32), 255, np.uint8), 16))
+    with (
+        Engine.from_bundle(copy) as engine,
+        pytest.raises(BackendError, match=r"no vae_encoder\.onnx, which this request needs: write"),
+    ):
+        engine.generate([1], placement=own, steps=1)
+
+
 def test_manifest(bundle: Any) -> None:
     folder = bundle("bcm")
     manifest = json.loads((folder / "bundle.json").read_text())

@@ -22,7 +22,7 @@ from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 from support import Golden, golden_engine
 
 GRAPHS = {
-    "dual": {"denoiser", "text_encoder", "vae_decoder"},
+    "dual": {"denoiser", "text_encoder", "vae_decoder", "vae_encoder"},
     "bcm": {
         "denoiser_background",
         "background_encoder",
