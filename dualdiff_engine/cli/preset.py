@@ -95,9 +95,8 @@ def preset(
     """
     names = tuple(dict.fromkeys(presets or MEASURED))
     _check(names, reference_steps, guidance, out)
-    about = _subject(demo, base, adapter, Prompts(image_prompt, anomaly_prompt), background,
-                     object_mask)  # fmt: skip
-    base, adapter, subject = about
+    prompts = Prompts(image_prompt, anomaly_prompt)
+    base, adapter, subject = _subject(demo, base, adapter, prompts, background, object_mask)
     if downstream and demo is None and (real is None or defect is None):
         raise SettingsError("--downstream needs --real FOLDER and --defect NAME, or --demo")
     from dualdiff_engine.engine import Engine
@@ -148,6 +147,10 @@ def _subject(
     from dualdiff_engine.pipeline.background import opened
 
     base, adapter, _ = demos.filled(demo, base, adapter, {})
+    if demo is not None and (background or object_mask) is not None:
+        raise SettingsError("--demo already selects the background: leave out --background")
+    if background is None and object_mask is not None:
+        raise SettingsError("--object-mask needs --background PICTURE")
     if demo is not None:
         return base, adapter, demo_subject(demo)
     if background is None:
