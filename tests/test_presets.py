@@ -159,6 +159,28 @@ def test_a_preset_beside_a_sampling_object_is_refused(dual: Engine) -> None:
         dual.stream(1, sampling=Sampling(steps=2), preset="fast")
 
 
+def test_steps_are_not_calls() -> None:
+    """The table in `docs/presets.md`."""
+    base = BaseModel(DATA / "dual/model")
+
+    def calls(name: str, **options: Any) -> int:
+        scheduler = base.make_scheduler(name, options)
+        scheduler.set_timesteps(20, device="cpu")
+        return len(scheduler.timesteps)
+
+    assert calls("PNDMScheduler", skip_prk=True) == 21
+    assert calls("PNDMScheduler", skip_prk=False) == 29
+    twice = {"HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"}
+    assert {calls(name) for name in twice} == {39}
+    with pytest.raises(SettingsError) as caught:
+        base.make_scheduler("none")
+    offered = set(str(caught.value).partition("one of ")[2].split(", "))
+    # that one needs another package
+    rest = offered - twice - {"PNDMScheduler", "DPMSolverSDEScheduler"}
+    assert len(rest) >= 9
+    assert {name: calls(name) for name in rest} == dict.fromkeys(rest, 20)
+
+
 def verdict(**values: Any) -> dict[str, Any]:
     chosen = filled(preset="fast")
     gates = {"distance": True, "quality": False, "downstream": None}
