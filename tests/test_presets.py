@@ -12,6 +12,7 @@ import pytest
 from dualdiff_engine import Engine, Sampling, SettingsError
 from dualdiff_engine.adapters import verdicts
 from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.cli.demo import filled as filled_demo
 from dualdiff_engine.demo.presets import BASE
 from dualdiff_engine.pair import differences, identity
 from dualdiff_engine.settings import PRESETS, ChosenSampling
@@ -157,6 +158,20 @@ def test_released_is_the_default_to_the_bit(dual: Engine) -> None:
 def test_a_preset_beside_a_sampling_object_is_refused(dual: Engine) -> None:
     with pytest.raises(SettingsError, match="not both"):
         dual.stream(1, sampling=Sampling(steps=2), preset="fast")
+
+
+def test_a_preset_replaces_the_sampling_of_the_demo() -> None:
+    def chosen(**given: Any) -> dict[str, Any]:
+        *_, options = filled_demo("washer/chip", None, None, None, {"sampling": Sampling(**given)})
+        assert "steps" not in options
+        size = {"scheduler": "PNDMScheduler", "size": (64, 64)}
+        return options["sampling"].filled(background=False, **size).recorded()
+
+    assert (chosen()["steps"], chosen()["guidance"]) == (25, 1.0)
+    assert (chosen(steps=9)["steps"], chosen(steps=9)["guidance"]) == (9, 1.0)
+    assert chosen(timesteps=[900, 100])["steps"] == 2
+    assert (chosen(preset="fast")["steps"], chosen(preset="fast")["guidance"]) == (20, 2.5)
+    assert chosen(preset="released")["scheduler"] == "PNDMScheduler"
 
 
 def test_steps_are_not_calls() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -89,6 +90,8 @@ if TYPE_CHECKING:
 FAILED, SET_ASIDE = 2, 3
 _STOPPED = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
+_MEMORY = "out of memory: close other programs, or use a machine or container with more memory"
+
 # remedies for Python callers -> the same for the command line
 _REMEDIES = {
     "allow_pickle=True": "--allow-pickle",
@@ -96,7 +99,6 @@ _REMEDIES = {
     "background=Background(…)": "--background PICTURE",
     "pass object_mask, or object_mask='all'": "pass --object-mask MASK, or --object-mask all",
     "exported=FOLDER": "--exported FOLDER",
-    "pass batch=": "pass --batch ",
     "pass trust=True (--trust)": "pass --trust",
 }
 # `UsageError` of the click that this typer uses, its own copy or the package
@@ -137,7 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except DualDiffError as error:
         return _fail(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        # not at the top: it loads PyTorch
+        from dualdiff_engine.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(_MEMORY)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return _fail(_MEMORY)
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
     if code in _STOPPED:
         _say(f"dualdiff: {_STOPPED[code]}")
@@ -193,9 +204,9 @@ def generate(
     skip_prk: SkipPrk = None,
     timesteps: Timesteps = None,
     size: Size = None,
-    image_prompt: Prompt = settings.IMAGE_PROMPT,
-    anomaly_prompt: Prompt = settings.ANOMALY_PROMPT,
-    negative_prompt: Prompt = "",
+    image_prompt: Prompt = None,
+    anomaly_prompt: Prompt = None,
+    negative_prompt: Prompt = None,
     picture: Pictures = None,
     region: Region = None,
     region_masks: RegionMasks = None,
@@ -237,12 +248,14 @@ def generate(
         **chosen,
         "placement": repeated(placements, chosen),
         "sampling": _sampling(sampling, size),
-        "prompts": Prompts(image_prompt, anomaly_prompt, negative_prompt),
         "background": _surroundings(background, surroundings),
         "segmenter": segmenter,
         "progress": not quiet,
     }
-    base, adapter, options = demos.filled(demo, base, adapter, options)
+    words = _given(image=image_prompt, anomaly=anomaly_prompt, negative=negative_prompt)
+    # refused here rather than after loading
+    Prompts(**words)
+    base, adapter, options = demos.filled(demo, base, adapter, exported, options)
     from dualdiff_engine.folder_writer import FolderWriter
 
     with FolderWriter(out, append=append) as writer:
@@ -261,7 +274,8 @@ def generate(
             exported=exported,
             trust=trust,
         ) as engine:
-            _write_pairs(engine, options, writer, quiet)
+            prompts = replace(options.get("prompts") or engine.active.prompts, **words)
+            _write_pairs(engine, {**options, "prompts": prompts}, writer, quiet)
 
 
 def _given(**options: Any) -> dict[str, Any]:

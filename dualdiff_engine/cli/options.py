@@ -69,7 +69,9 @@ Timesteps = Annotated[
     str | None, typer.Option(help="The timesteps themselves, descending: 999,750,500,250.")
 ]
 Size = Annotated[str | None, typer.Option(help="Size in pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
-Prompt = Annotated[str, typer.Option()]
+Prompt = Annotated[
+    str | None, typer.Option(help="Default: the bundle's for its adapter, else the released one.")
+]
 Picture = Annotated[Path | None, typer.Option(**FILE, help="Picture whose background is kept.")]
 ObjectMask = Annotated[
     str | None,

@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dualdiff_engine.cli.interrupt import clean_stop
-from dualdiff_engine.cli.options import FILE, AdapterPath, AllowPickle, Base, Batch, Device, Dtype
+from dualdiff_engine.cli.options import (
+    FILE,
+    AdapterPath,
+    AllowPickle,
+    Base,
+    Batch,
+    Device,
+    Dtype,
+    Prompt,
+)
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import (
-    ANOMALY_PROMPT,
-    IMAGE_PROMPT,
     MEASURED,
     RELEASED,
     Background,
-    Prompts,
     Sampling,
 )
 
@@ -72,8 +78,9 @@ def preset(
     pairs: Pairs = 60,
     reference_steps: Reference = 48,
     guidance: Guidance = None,
-    image_prompt: Annotated[str, typer.Option()] = IMAGE_PROMPT,
-    anomaly_prompt: Annotated[str, typer.Option()] = ANOMALY_PROMPT,
+    image_prompt: Prompt = None,
+    anomaly_prompt: Prompt = None,
+    negative_prompt: Prompt = None,
     background: Surroundings = None,
     object_mask: Whole = None,
     downstream: Downstream = False,
@@ -95,8 +102,8 @@ def preset(
     """
     names = tuple(dict.fromkeys(presets or MEASURED))
     _check(names, reference_steps, guidance, out)
-    prompts = Prompts(image_prompt, anomaly_prompt)
-    base, adapter, subject = _subject(demo, base, adapter, prompts, background, object_mask)
+    words = {"image": image_prompt, "anomaly": anomaly_prompt, "negative": negative_prompt}
+    base, adapter, surroundings = _sources(demo, base, adapter, background, object_mask)
     if downstream and demo is None and (real is None or defect is None):
         raise SettingsError("--downstream needs --real FOLDER and --defect NAME, or --demo")
     from dualdiff_engine.engine import Engine
@@ -105,13 +112,16 @@ def preset(
         base, adapter=adapter, dtype=dtype, device=device, max_batch=batch,
         allow_pickle=allow_pickle,
     ) as engine:  # fmt: skip
+        if keep and not Path(engine.active.summary.file).exists():
+            raise SettingsError("--keep: a bundle has no adapter file: pass --base and --adapter")
         chosen = _samplings(names, guidance, reference_steps)
+        subject = _subject(engine, demo, words, surroundings)
         drawn = _drawn(engine, subject, chosen, work, pairs, quiet)
         record = _record(engine, chosen, drawn, names)
     task = _task(drawn[RELEASED], demo, real, defect) if downstream else None
     _judge(record, drawn, names, task, quiet)
     if keep:
-        _keep(record, adapter)
+        _keep(record)
     _finish(record, names, out, as_json, quiet)
 
 
@@ -133,31 +143,38 @@ def _check(
         records.check_writable(out)
 
 
-def _subject(
+def _sources(
     demo: str | None,
     base: str | None,
     adapter: Path | None,
-    prompts: Prompts,
     background: Path | None,
     object_mask: Path | None,
-) -> tuple[str, Path, Subject]:
-    """Base, adapter and what is drawn with them. Raises SettingsError."""
+) -> tuple[str, Path | None, Background | None]:
+    """Base, adapter and surroundings. Raises SettingsError."""
     from dualdiff_engine.cli import demo as demos
-    from dualdiff_engine.evaluation.preset_pairs import Subject, demo_subject
     from dualdiff_engine.pipeline.background import opened
 
-    base, adapter, _ = demos.filled(demo, base, adapter, {})
+    base, adapter, _ = demos.filled(demo, base, adapter, None, {})
     if demo is not None and (background or object_mask) is not None:
         raise SettingsError("--demo already selects the background: leave out --background")
-    if background is None and object_mask is not None:
-        raise SettingsError("--object-mask needs --background PICTURE")
-    if demo is not None:
-        return base, adapter, demo_subject(demo)
     if background is None:
-        return base, adapter, Subject(prompts)
+        if object_mask is not None:
+            raise SettingsError("--object-mask needs --background PICTURE")
+        return base, adapter, None
     # one noise per timestep: computed once for all batches
-    surroundings = opened(Background(background, object_mask, "fixed"))
-    return base, adapter, Subject(prompts, lambda start: surroundings)
+    return base, adapter, opened(Background(background, object_mask, "fixed"))
+
+
+def _subject(
+    engine: Engine, demo: str | None, words: dict[str, str | None], around: Background | None
+) -> Subject:
+    """What is drawn: with the demo's prompts or the adapter's own, where none are given."""
+    from dualdiff_engine.evaluation.preset_pairs import Subject, demo_subject
+
+    own = Subject(engine.active.prompts, lambda start: around)
+    subject = own if demo is None else demo_subject(demo)
+    given = {name: text for name, text in words.items() if text is not None}
+    return replace(subject, prompts=replace(subject.prompts, **given))
 
 
 def _samplings(
@@ -210,7 +227,7 @@ def _record(
     return {
         "versions": versions(),
         "base": engine.base.sha256,
-        "adapter": {"name": engine.active_adapter, "sha256": summary.sha256},
+        "adapter": {"file": summary.file, "sha256": summary.sha256},
         "dtype": str(engine.dtype).removeprefix("torch."),
         "pairs": len(drawn[RELEASED].samples),
         "samplings": found,
@@ -257,7 +274,7 @@ def _judge(
         record["presets"][name] = preset_gate.verdict(checks)
 
 
-def _keep(record: dict[str, Any], adapter: Path) -> None:
+def _keep(record: dict[str, Any]) -> None:
     from dualdiff_engine.adapters import verdicts
 
     shared = {key: record[key] for key in ("pairs", "base", "versions")}
@@ -270,7 +287,7 @@ def _keep(record: dict[str, Any], adapter: Path) -> None:
         }
         for name, found in record["presets"].items()
     }
-    verdicts.keep(adapter, record["adapter"]["sha256"], rows)
+    verdicts.keep(record["adapter"]["file"], record["adapter"]["sha256"], rows)
 
 
 def _finish(

@@ -130,6 +130,11 @@ class BackgroundBank:
     def _fixed(self) -> bool:
         return isinstance(self.noise, str) and self.noise == "fixed"
 
+    def release(self) -> None:
+        """Drop the shares that are kept; they are computed again, to the same values."""
+        self._room += sum(share.nbytes for shares in self._kept.values() for share in shares)
+        self._kept.clear()
+
     def _noised(self, draw: Tensor, timestep: Tensor) -> Tensor:
         # schedulers with fractional timesteps: the nearest one that was trained
         index = timestep.round().long().reshape(1).cpu()
@@ -230,6 +235,11 @@ class BankStore:
     def clear(self) -> None:
         """Forget the bank: it belongs to one adapter."""
         self._last = None
+
+    def release(self) -> None:
+        """Drop what can be computed again."""
+        if self._last is not None:
+            self._last[1].release()
 
     def open(
         self,

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualdiff_engine.adapters import verdicts
-from dualdiff_engine.device import is_out_of_memory, numerics
+from dualdiff_engine.device import enough_memory, is_out_of_memory, numerics, release_memory
 from dualdiff_engine.errors import PairError, SettingsError
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import Ops
@@ -35,7 +36,7 @@ from dualdiff_engine.pipeline import background as backgrounds
 from dualdiff_engine.pipeline import faults
 from dualdiff_engine.pipeline import placement as placing
 from dualdiff_engine.pipeline.background import Bank, BankOfEach, BankStore, Surroundings
-from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock, Stderr
+from dualdiff_engine.pipeline.batches import SMALLER, BatchMemory, BusyLock, Stderr
 from dualdiff_engine.pipeline.blend import Level
 from dualdiff_engine.pipeline.decode import decode
 from dualdiff_engine.pipeline.denoise import Schedule, denoise, draw_latents
@@ -53,6 +54,8 @@ from dualdiff_engine.settings import (
     batch_of,
     seeds_of,
 )
+
+T = TypeVar("T")
 
 
 class Resumed(Protocol):
@@ -80,9 +83,9 @@ class Run:
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class name
     and options. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height,
     width) in pixels and scheduler: the base model's own. trained_background: whether the adapter
-    needs a background. is_active: whether the adapter is still the one that the denoiser holds.
-    interrupted: whether to stop after this step. busy: held while networks run. batches: which
-    batches fitted into memory.
+    needs a background. prompts: drawn when a caller names none. is_active: whether the adapter is
+    still the one that the denoiser holds. interrupted: whether to stop after this step. busy: held
+    while networks run. batches: which batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -101,6 +104,7 @@ class Run:
     scheduler: str
     adapter: str | None
     trained_background: bool
+    prompts: Prompts
     facts: Facts
     is_active: Callable[[], bool]
     interrupted: Callable[[], bool]
@@ -209,7 +213,7 @@ def check(
         canvases if own and canvases else backgrounds.listed(background, len(pairs)),
         chosen, background_latents, background_noise,
     )  # fmt: skip
-    parsed = Prompts.of(prompts)
+    parsed = run.prompts if prompts is None else Prompts.of(prompts)
     given = {"latents": latents, "background_latents": background_latents}
     names = [name for name, tensor in given.items() if tensor is not None]
     recipe = _recipe(run.facts, chosen, parsed, names, segmenter, schedule.calls)
@@ -313,21 +317,25 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
 
     Raises:
         PairError: A pair cannot be used.
-        OutOfMemoryError: Not even one pair fits.
+        OutOfMemoryError: Not even one pair fits, to be drawn or to be decoded.
         SettingsError: The adapter was switched, or the engine is in use by another caller.
     """
     if not request.pairs or run.interrupted():
         return
     encoded = PictureLatents(run.vae)
     with _networks(run):
-        text = _text(run, request)
+        text = _with_room(run, "while the prompts are encoded", lambda: _text(run, request))
     start, total = 0, request.schedule.calls * len(request.pairs)
     with tqdm(total=total, disable=not request.progress, unit="call", file=Stderr()) as bar:
         while start < len(request.pairs):
             _check_active(run)
             with _networks(run):
                 count = run.batches.next(min(request.batch, len(request.pairs) - start))
-                batch = _batch(run, request, encoded, start, count)
+                batch = _with_room(
+                    run,
+                    "while the background is encoded",
+                    partial(_batch, run, request, encoded, start, count),
+                )
                 drawn = _denoise(run, request, text, batch, bar)
             if drawn is None:
                 return
@@ -356,7 +364,9 @@ def _finished(
     fault = faults.of_latents(bad_step, run.dtype)
     if fault is None:
         with _networks(run):
-            image, anomaly = decode(run.vae, latents)
+            image, anomaly = _with_room(
+                run, "while a pair is decoded", lambda: decode(run.vae, latents)
+            )
         fault = faults.of_pictures(image, anomaly)
     if fault is None:
         if canvas is not None:
@@ -367,6 +377,25 @@ def _finished(
         raise PairError(seed, fault)
     else:
         request.on_fault(Fault(seed, fault, {**recipe, "seed": seed}))
+
+
+def _with_room(run: Run, doing: str, call: Callable[[], T]) -> T:
+    """Make a call that has no batch to halve; returns its result.
+
+    When memory runs out, what earlier calls left behind is freed: kept shares, and the blocks of
+    larger batches. Then the call is made once more. Raises OutOfMemoryError.
+    """
+    try:
+        return call()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # outside the handler, so that the failed call's tensors are gone
+    run.batches.freed(doing)
+    run.banks.release()
+    release_memory(run.device)
+    with enough_memory(doing, SMALLER):
+        return call()
 
 
 @contextmanager
@@ -458,15 +487,16 @@ def _denoise(
             step_end,
             batch.placed.blend(batch.noise, request.levels) if batch.placed else None,
         )
-    except (RuntimeError, MemoryError, OSError, ValueError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
+        message = str(error)
     else:
         run.batches.fitted()
         return None if clean is None else (clean, watch.first_bad())
     # outside the handler, so that the failed batch's tensors are gone
     bar.update(before - bar.n)
-    run.batches.failed(pairs)
+    run.batches.failed(pairs, message)
     return _denoise(run, request, text, batch.half(), bar)
 
 

@@ -20,6 +20,17 @@ PLAIN, WITH_BACKGROUND, ENCODER = "denoiser", "denoiser_background", "background
 TEXT = "text_encoder"
 
 
+def only(outputs: Sequence[Tensor], shape: tuple[int, ...], path: Path) -> Tensor:
+    """The one output of a graph. Raises BackendError when it has another shape."""
+    if [tuple(x.shape) for x in outputs] != [shape]:
+        got = ", ".join(str(list(x.shape)) for x in outputs) or "nothing"
+        raise BackendError(
+            f"{path} gives {got} where {list(shape)} is expected: copy the whole folder again, or "
+            "export it again"
+        )
+    return outputs[0]
+
+
 class Runner(Protocol):
     """A graph ready to run: its inputs by name -> its outputs."""
 
@@ -134,8 +145,9 @@ class ExportedDenoiser(ABC):
     ) -> Tensor:
         shares = {f"background_{index}": share for index, share in enumerate(background)}
         run = self._runner(self._main)
-        (noise,) = run(latents=latents.float(), timestep=timestep, context=context, **shares)
-        return noise
+        outputs = run(latents=latents.float(), timestep=timestep, context=context, **shares)
+        wanted = (2, context.shape[1], *latents.shape[1:])
+        return only(outputs, wanted, self.folder / f"{self._main}.onnx")
 
     def _runner(self, graph: str) -> Runner:
         if graph not in self._runners:

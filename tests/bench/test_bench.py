@@ -87,6 +87,24 @@ def test_tables(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        ([], 100), (["--background"], 50), (["--preset", "released"], 101),
+        (["--preset", "released", "--background"], 51), (["--preset", "fast"], 20),
+        (["--preset", "fast", "--calls", "25"], 25),
+    ],
+)  # fmt: skip
+def test_a_preset_gives_the_calls(arguments: list[str], calls: int) -> None:
+    assert cli._case(cli.parser().parse_args(arguments), on_gpu=False).steps == calls
+
+
+def test_the_case_line_names_the_preset(record: dict[str, Any]) -> None:
+    assert "schedule of 50 calls;" in report.headline(record)
+    case = {**record["case"], "steps": 20, "preset": "fast"}
+    assert "schedule of 20 calls (preset fast);" in report.headline({**record, "case": case})
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch must be at least 1"),

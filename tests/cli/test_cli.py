@@ -24,7 +24,6 @@ import dualdiff_engine
 from dualdiff_engine import ops
 from dualdiff_engine.cli import main
 from dualdiff_engine.engine import Engine
-from dualdiff_engine.errors import OutOfMemoryError
 from dualdiff_engine.folder_writer import KINDS, MANIFEST, QUARANTINE, FolderWriter
 from dualdiff_engine.pipeline import generate as generation
 from support import DATA
@@ -520,6 +519,12 @@ def test_generate_says_what_is_wrong_before_it_touches_the_disk(
         ("--adapter /nowhere.safetensors", "no adapter at '/nowhere.safetensors'"),
         ("--adapter {text}", "neither .safetensors nor .bin"),
         ("--scheduler Nope", "no scheduler 'Nope'"),
+        ("--preset quick", "no preset 'quick': choose one of released, fast, draft"),
+        ("--spacing even", "spacing must be one of linspace, leading, trailing"),
+        ("--order 9", "order must be a whole number from 1 to 3"),
+        ("--order 2", "PNDMScheduler does not take order"),
+        ("--timesteps 5,x", "--timesteps must be numbers such as 999,750,500"),
+        ("--timesteps 5,9", "descending"),
         ("--background {picture}", "trained without background"),
         ("--segmenter {text}", "text.png"),
     ],
@@ -553,10 +558,10 @@ def test_remedies_speak_of_options(
     assert "pass --background PICTURE" in complaint(capsys, *common)
 
     def fail(*_: object, **__: object) -> None:
-        raise OutOfMemoryError(4, 2)
+        raise RuntimeError("unable to mmap 16 bytes from file <x>: Cannot allocate memory (12)")
 
     monkeypatch.setattr(Engine, "from_pretrained", fail)
-    assert "pass --batch 2" in complaint(capsys, *common)
+    assert "out of memory: close other programs" in complaint(capsys, *common)
 
 
 def test_folders_that_cannot_be_written(

@@ -223,7 +223,7 @@ def test_the_command(
     [
         ("--preset quick --demo tile/chip", "no preset 'quick': choose one of"),
         ("--preset released --demo tile/chip", "released is what others are compared with"),
-        ("", "pass --base and --adapter, or --demo"),
+        ("", "pass --base and --adapter"),
         ("--demo tile/chip --base x", "--demo already selects base and adapter"),
         ("--demo tile/chip --reference-steps 0", "steps must be a whole number from 1"),
         ("--demo tile/chip --pairs 2", "--pairs"),
