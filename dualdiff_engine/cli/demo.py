@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dualdiff_engine.cli.interrupt import clean_stop
-from dualdiff_engine.demo.presets import BASE, PRESETS, find
+from dualdiff_engine.demo.presets import BASE, PRESETS, SAMPLING, find
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Sampling, require_seed
 
@@ -56,11 +57,21 @@ def filled(
         )
     preset = find(name)
     given = {key: value for key, value in options.items() if value is not None}
-    own = preset.options()
+    own = {key: value for key, value in preset.options().items() if key not in SAMPLING}
+    if "sampling" in given:
+        given["sampling"] = _sampling(given["sampling"])
     if "placement" in given:
         # the user's pictures are their own backgrounds
         own.pop("background", None)
     return str(BASE), preset.adapter, {**own, **given}
+
+
+def _sampling(given: Sampling) -> Sampling:
+    """What suits the demo where nothing is given; a preset replaces all of it."""
+    if given.preset is not None:
+        return given
+    own = {**SAMPLING, "steps": SAMPLING["steps"] if given.timesteps is None else None}
+    return replace(given, **{k: v for k, v in own.items() if getattr(given, k) is None})
 
 
 def statistics(name: str) -> RegionStatistics:
