@@ -14,7 +14,9 @@ _HOME = {
     "Engine": "dualdiff_engine.engine",
     "Pair": "dualdiff_engine.pair",
     "Background": "dualdiff_engine.settings",
+    "Placement": "dualdiff_engine.settings",
     "Prompts": "dualdiff_engine.settings",
+    "RegionStatistics": "dualdiff_engine.pipeline.regions",
     "Sampling": "dualdiff_engine.settings",
     "AdapterError": "dualdiff_engine.errors",
     "BackendError": "dualdiff_engine.errors",
@@ -27,6 +29,9 @@ _HOME = {
     "SegmenterError": "dualdiff_engine.errors",
     "SettingsError": "dualdiff_engine.errors",
     "TrainingError": "dualdiff_engine.errors",
+    "find_object": "dualdiff_engine.pipeline.regions",
+    "region_statistics": "dualdiff_engine.pipeline.regions",
+    "sample_region": "dualdiff_engine.pipeline.regions",
 }
 __all__ = sorted(_HOME)
 
@@ -44,7 +49,12 @@ if TYPE_CHECKING:
     from dualdiff_engine.errors import SettingsError as SettingsError
     from dualdiff_engine.errors import TrainingError as TrainingError
     from dualdiff_engine.pair import Pair as Pair
+    from dualdiff_engine.pipeline.regions import RegionStatistics as RegionStatistics
+    from dualdiff_engine.pipeline.regions import find_object as find_object
+    from dualdiff_engine.pipeline.regions import region_statistics as region_statistics
+    from dualdiff_engine.pipeline.regions import sample_region as sample_region
     from dualdiff_engine.settings import Background as Background
+    from dualdiff_engine.settings import Placement as Placement
     from dualdiff_engine.settings import Prompts as Prompts
     from dualdiff_engine.settings import Sampling as Sampling
 

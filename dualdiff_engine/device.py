@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dualdiff_engine.errors import DualDiffError, SettingsError
+from dualdiff_engine.errors import DualDiffError, OutOfMemoryError, SettingsError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,22 +117,72 @@ def release_freed_blocks() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# how libraries say on a CPU that memory ran out: PyTorch, safetensors' mapping, ONNX Runtime, C++,
-# oneDNN, the operating system
+# how libraries say that memory ran out: PyTorch, safetensors' mapping, ONNX Runtime on both
+# devices, C++, cuBLAS and cuDNN, oneDNN, the operating system
 _OUT_OF_MEMORY = re.compile(
     r"not enough memory|can't allocate memory|cannot allocate memory|DefaultCPUAllocator"
-    r"|unable to mmap|failed to allocate memory|bad_alloc|out of memory"
-    r"|could not create a memory|could not create a primitive$",
+    r"|unable to mmap|failed to allocate|bad[_ ]alloc|out of memory|STATUS_ALLOC_FAILED"
+    r"|cudaErrorMemoryAllocation|could not create a memory|could not create a primitive$",
     re.IGNORECASE | re.MULTILINE,
 )
+# oneDNN says this when memory ran out, and also when it cannot compile its kernels at all
+_AMBIGUOUS = re.compile(r"could not create a primitive$", re.MULTILINE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on a CPU libraries say so only in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError | OSError | ValueError)
-        and _OUT_OF_MEMORY.search(str(error)) is not None
-    )
+    """Whether memory ran out, here or in what an error was raised from.
+
+    Many libraries have no class for it and say so only in words.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(cause, Exception) and _OUT_OF_MEMORY.search(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def onednn_refuses(message: str) -> bool:
+    """Whether an error's message is oneDNN's, and for another reason than memory.
+
+    Then oneDNN creates no kernel at all, not even one of 64 numbers. To be called when the tensors
+    of the failed call are gone.
+    """
+    if not _AMBIGUOUS.search(message):
+        return False
+    # oneDNN keeps kernels by shape: one that was never asked for has to be created
+    side = next(_SIDES)
+    picture, weight = torch.zeros(1, 1, 1, side), torch.zeros(1, 1, 1, side)
+    try:
+        torch.ops.aten.mkldnn_convolution(picture, weight, None, [0, 0], [1, 1], [1, 1], 1)
+    except RuntimeError:
+        return True
+    return False
+
+
+_SIDES = itertools.count(64)
+
+
+@contextmanager
+def enough_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Within the block, whatever says that memory ran out becomes one OutOfMemoryError."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(doing, remedy) from error
+
+
+def release_memory(device: torch.device) -> None:
+    """Hand back what allocators keep for later calls, so that another kind of call finds room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    release_freed_blocks()
 
 
 # errors after which every call on the GPU fails until the process ends, in the words and names of

@@ -16,7 +16,14 @@ from dualdiff_engine import adapters
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.adapters.fold import Resident
 from dualdiff_engine.base_model import BUNDLE, BaseModel
-from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks, numerics, tf32_of
+from dualdiff_engine.device import (
+    device_of,
+    dtype_of,
+    enough_memory,
+    keep_freed_blocks,
+    numerics,
+    tf32_of,
+)
 from dualdiff_engine.errors import BackendError, BaseModelError, SettingsError
 from dualdiff_engine.model import binding, tuning
 from dualdiff_engine.model import cuda_graph as graphs
@@ -28,10 +35,11 @@ from dualdiff_engine.pair import Facts, Fault, Pair
 from dualdiff_engine.pipeline import generate as pipeline
 from dualdiff_engine.pipeline.background import BankStore
 from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock
-from dualdiff_engine.pipeline.generate import Resumed, Run
+from dualdiff_engine.pipeline.request import Resumed, Run, check
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import (
     Background,
+    Placement,
     Prompts,
     Sampling,
     max_batch_of,
@@ -42,6 +50,8 @@ from dualdiff_engine.settings import (
 StepCallback = Callable[["Engine", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 # where installed packages register what runs exported networks, under the backend's name
 RUNTIMES = "dualdiff_engine.runtimes"
+# what loading can still be made to need
+_LESS = "close other programs, use dtype bfloat16, or a machine or container with more memory"
 
 
 @functools.cache
@@ -59,9 +69,9 @@ def runtime(name: str) -> Any:
         )
     try:
         return runtimes()[name].load()
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise BackendError(
-            f"runtime {name!r} needs the package {error.name!r}: pip install "
+            f"exported networks need {error.name or error}, which is not installed: pip install "
             "'dualdiff-engine[onnx]', or [ort-gpu] for NVIDIA GPUs"
         ) from error
 
@@ -126,6 +136,7 @@ class Engine:
         return GraphedDenoiser(self.unet, required=cuda_graph is True)
 
     @classmethod
+    @enough_memory("while the model is loaded", _LESS)
     def from_pretrained(
         cls,
         base: str | Path,
@@ -157,7 +168,7 @@ class Engine:
         call (about a minute; kept in the user's cache folder); never takes what was measured
         before, by `dualdiff tune` too, else the usual choice. tf32: let a GPU round what float32
         products and convolutions take to TF32, 10 bits, which is faster.
-        Raises BaseModelError, AdapterError, BackendError, SettingsError.
+        Raises BaseModelError, AdapterError, BackendError, SettingsError, OutOfMemoryError.
         """
         named = backend if isinstance(backend, str) else ""
         if exported is not None or named in runtimes() or Path(base, BUNDLE).is_file():
@@ -186,6 +197,7 @@ class Engine:
         return engine
 
     @classmethod
+    @enough_memory("while the bundle is loaded", _LESS)
     def from_bundle(
         cls,
         path: str | Path,
@@ -200,18 +212,19 @@ class Engine:
 
         adapter: one of the bundle's, by default its first; all are resident. backend: auto takes
         the fastest that runs here and says in `ops.table` which and why. trust: run TensorRT
-        engines that somebody else built. Raises BackendError.
+        engines that somebody else built. Raises BackendError, OutOfMemoryError.
         """
         return runtime("onnxruntime").from_bundle(path, adapter, device, backend, max_batch, trust)
 
+    @enough_memory("while the adapter is loaded", _LESS)
     def load_adapter(
         self, source: str | Path, name: str | None = None, *, allow_pickle: bool = False
     ) -> str:
         """Read, check and fold an adapter, keep it resident and make it the active one.
 
         source: a `.safetensors` file, an adapter folder or a `checkpoint-N` folder. name: how to
-        refer to it, by default the file's or folder's. Returns the name. Raises AdapterError, and
-        SettingsError when an adapter of that name is resident.
+        refer to it, by default the file's or folder's. Returns the name. Raises AdapterError,
+        OutOfMemoryError, and SettingsError when an adapter of that name is resident.
         """
         name = name or adapters.default_name(source)
         if name in self._residents:
@@ -282,11 +295,15 @@ class Engine:
         scheduler: str | None = None,
         size: int | tuple[int, int] | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
-        background: Background | None = None,
+        background: Background | Sequence[Background] | None = None,
+        placement: Placement | Sequence[Placement] | None = None,
         latents: Tensor | None = None,
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
         segmenter: str | Path | None = None,
+        mask: str = "anomaly",
+        accept: str | Mapping[str, float] | None = None,
+        attempts: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         on_fault: Callable[[Fault], None] | None = None,
@@ -305,12 +322,23 @@ class Engine:
             guidance: Guidance scale. Default: 2.5, with a background 2.0, as released.
             scheduler: Class name of a diffusers scheduler. Default: the base model's.
             size: Pixels, one number or (height, width). Default: the base model's.
-            prompts: `Prompts`, or (image prompt, anomaly prompt). Default: the released ones.
-            background: The surroundings to keep, for adapters trained with a background.
+            prompts: `Prompts`, or (image prompt, anomaly prompt). Default: those that the bundle
+                records for the adapter, else the released ones.
+            background: The surroundings to keep, for adapters trained with a background; one for
+                all pairs, or one per pair. Default with a placement: its picture, object black.
+            placement: Where the defect goes, on which normal picture; one for all pairs, or one per
+                pair. All else stays as in the picture.
             latents: [n, 2, 4, h, w] in place of the draws; standard normal.
             background_latents: [2, 4, h, w] (uncond, cond) in place of the encoded background.
             background_noise: [calls, 2, 4, h, w] in place of the draws.
             segmenter: An ONNX file that makes the masks, in place of the built-in threshold.
+            mask: What the mask is made from: the anomaly image; with a placement also the visible
+                change, "change", or the anomaly image where there is change, "both".
+            accept: Bounds that the pair's scores have to keep, such as {"min_area": 0.001}, or
+                "default"; see `pipeline.scores`. A pair that misses one is drawn again with other
+                noise of the same seed.
+            attempts: How often a pair is drawn at most, 1 to 64. Default: 4. Then the attempt that
+                misses fewest bounds is taken, with `accepted` False.
             output_type: "pil", "np" or "pt"; see `Pair`.
             callback_on_step_end: Called with (engine, step, timestep, {"latents": [B, 2, 4, h, w]})
                 after every step, as in diffusers; what it returns under "latents" goes on.
@@ -326,7 +354,8 @@ class Engine:
             SettingsError: A value is wrong. Nothing has been computed then.
             SegmenterError: The segmenter cannot be used.
             PairError: A pair came out unusable: not finite, or of one colour.
-            OutOfMemoryError: Not even one pair fits. A larger batch is halved and drawn again.
+            OutOfMemoryError: Not even one pair fits, to be drawn or to be decoded. A larger batch
+                is halved and drawn again.
             OutputError: `resume` holds pairs of another recipe.
         """
         return list(
@@ -341,10 +370,14 @@ class Engine:
                 size=size,
                 prompts=prompts,
                 background=background,
+                placement=placement,
                 latents=latents,
                 background_latents=background_latents,
                 background_noise=background_noise,
                 segmenter=segmenter,
+                mask=mask,
+                accept=accept,
+                attempts=attempts,
                 output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
                 on_fault=on_fault,
@@ -365,11 +398,15 @@ class Engine:
         scheduler: str | None = None,
         size: int | tuple[int, int] | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
-        background: Background | None = None,
+        background: Background | Sequence[Background] | None = None,
+        placement: Placement | Sequence[Placement] | None = None,
         latents: Tensor | None = None,
         background_latents: Tensor | None = None,
         background_noise: Tensor | None = None,
         segmenter: str | Path | None = None,
+        mask: str = "anomaly",
+        accept: str | Mapping[str, float] | None = None,
+        attempts: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         on_fault: Callable[[Fault], None] | None = None,
@@ -382,7 +419,7 @@ class Engine:
         run when the first pair is asked for.
         """
         run = self._run()
-        request = pipeline.check(
+        request = check(
             run,
             n,
             seeds,
@@ -390,10 +427,14 @@ class Engine:
             batch=batch,
             prompts=prompts,
             background=background,
+            placement=placement,
             latents=latents,
             background_latents=background_latents,
             background_noise=background_noise,
             segmenter=segmenter,
+            mask=mask,
+            accept=accept,
+            attempts=attempts,
             output_type=output_type,
             callback=partial(callback_on_step_end, self) if callback_on_step_end else None,
             on_fault=on_fault,
@@ -437,6 +478,7 @@ class Engine:
             scheduler=type(self.base.scheduler).__name__,
             adapter=name,
             trained_background=resident.summary.background,
+            prompts=resident.prompts,
             facts=facts,
             # by content: another file may have been loaded under the name
             is_active=lambda: self._active == name and self._require_adapter() is resident,
@@ -467,8 +509,14 @@ class Engine:
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Prompts | tuple[str, str] | None = None) -> Tensor:
-        """Embeddings [2 branches, 2 rows (negative, prompt), L, X] fp32, by the active adapter."""
-        text = self._residents[self._active].text if self._active else {}
+        """Embeddings [2 branches, 2 rows (negative, prompt), L, X] fp32, by the active adapter.
+
+        prompts: as for `generate`.
+        """
+        resident = self._residents[self._active] if self._active else None
+        text = resident.text if resident else {}
+        if prompts is None and resident is not None:
+            prompts = resident.prompts
         tokens = self.text_encoder.tokenize_pair(Prompts.of(prompts))
         return self.text_encoder.encode_pair(tokens, text)
 

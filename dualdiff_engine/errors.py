@@ -54,19 +54,14 @@ class PairError(DualDiffError, ArithmeticError):
 
 
 class OutOfMemoryError(DualDiffError, MemoryError):
-    """A batch did not fit.
+    """Memory ran out, and a smaller batch does not help.
 
     Attributes:
-        batch: the batch (in pairs) that was tried.
-        fits: the largest smaller batch whose denoiser call was tried and fitted, 0 if none did.
+        doing: what was done when memory ran out: "at a batch of 1 pair", "while loading …".
+        remedy: what needs less memory.
     """
 
-    def __init__(self, batch: int, fits: int) -> None:
-        self.batch = batch
-        self.fits = fits
-        remedy = (
-            f"a batch of {fits} fits: pass batch={fits}"
-            if fits
-            else "not even one pair fits: use a smaller size or dtype bfloat16"
-        )
-        super().__init__(f"out of memory at a batch of {batch} pairs; {remedy}")
+    def __init__(self, doing: str, remedy: str) -> None:
+        self.doing = doing
+        self.remedy = remedy
+        super().__init__(f"out of memory {doing}: {remedy}")

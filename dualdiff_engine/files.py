@@ -1,15 +1,17 @@
-"""Files written whole or not at all, and hashes of files."""
+"""Files written whole or not at all, and hashes of files and tensors."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dualdiff_engine.errors import OutputError
 
@@ -77,6 +79,16 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OutputError."""
     with written_whole(path) as partial:
         partial.write_bytes(content)
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of their names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dualdiff_engine.errors import OutputError, SettingsError
 from dualdiff_engine.files import partial_name, sync
-from dualdiff_engine.pair import Fault, Pair, same_recipe
+from dualdiff_engine.pair import Fault, Pair, differences, identity
 from dualdiff_engine.pictures import is_whole_png
 
 MANIFEST = "manifest.jsonl"
@@ -53,8 +53,8 @@ class FolderWriter:
     A context manager: entering checks the folder before anything is computed, and locks it. A run
     that it holds is continued: hand the writer to `Engine.stream(resume=…)`, and only the missing
     pairs are drawn. A row has `index`, `files` (kind -> path relative to root, with slashes),
-    `seed`, `empty_mask` and `recipe`; it is written after its files. Pairs that came out
-    unusable are set aside in `root/quarantine.jsonl`, with the reason.
+    `seed`, `empty_mask`, `scores`, `accepted` and `recipe`; it is written after its files. Pairs
+    that came out unusable are set aside in `root/quarantine.jsonl`, with the reason.
 
     Args:
         root: The folder; made if it is not there.
@@ -74,8 +74,8 @@ class FolderWriter:
         self._next = 0
         self._manifest: io.FileIO | None = None
         self._rows: list[Row] = []
-        # rows whose pictures are gone or damaged, by seed: their pairs are drawn again
-        self._lost: dict[int, Row] = {}
+        # rows whose pictures are gone or damaged, by recipe and seed: their pairs are drawn again
+        self._lost: dict[tuple[str, int], Row] = {}
 
     def __enter__(self) -> FolderWriter:
         path = self.root / MANIFEST
@@ -103,11 +103,13 @@ class FolderWriter:
         """The recipe of the last pair in the folder, None where there is no pair."""
         return self._rows[-1].recipe if self._rows else None
 
-    def missing(self, recipe: Mapping[str, Any], seeds: Sequence[int], free: bool) -> list[int]:
-        """The seeds whose pairs are not in the folder yet.
+    def missing(
+        self, recipes: Sequence[Mapping[str, Any]], seeds: Sequence[int], free: bool
+    ) -> list[tuple[int, int]]:
+        """The pairs that are not in the folder yet, each as its number and its seed.
 
         Args:
-            recipe: What the pairs of the run share.
+            recipes: One per seed, or one for all.
             seeds: What was asked for, in order.
             free: Whether only their number was asked for: pairs that are there count.
 
@@ -117,28 +119,70 @@ class FolderWriter:
         """
         if twice := [seed for seed, count in Counter(seeds).items() if count > 1]:
             raise SettingsError(f"seed {twice[0]} is given twice: give every seed once")
-        own = [row for row in self._rows if not same_recipe(recipe, row.recipe)]
-        if len(own) < len(self._rows) and not self.append:
-            other = next(row for row in self._rows if same_recipe(recipe, row.recipe))
-            raise OutputError(
-                f"{self.root} holds pairs of another recipe (other "
-                f"{', '.join(same_recipe(recipe, other.recipe))}): choose another folder, or pass "
-                "append=True to add to it"
-            )
-        aside = [row for row in self._quarantined() if not same_recipe(recipe, row.recipe)]
-        self._lost = {row.seed: row for row in own if not self._whole(row)}
-        there = {row.seed for row in own} - set(self._lost)
-        gone = {row.seed for row in aside}
+        own = [_key(identity(recipe)) for recipe in recipes]
+        asked = own * len(seeds) if len(own) == 1 else own
+        self._refuse_others(recipes, dict(zip(seeds, asked, strict=True)), free)
+        rows, wanted = [(_key(identity(row.recipe)), row) for row in self._rows], set(own)
+        ours = [(key, row) for key, row in rows if key in wanted]
+        self._lost = {(key, row.seed): row for key, row in ours if not self._whole(row)}
+        there = {(key, row.seed) for key, row in ours} - self._lost.keys()
+        gone = {(_key(identity(row.recipe)), row.seed) for row in self._quarantined()}
+        pairs = list(zip(asked, seeds, strict=True))
         if free:
-            rest = max(0, len(seeds) - len(there) - len(self._lost))
-            wanted = [*self._lost, *(seed for seed in seeds if seed not in there | gone)][
-                : len(self._lost) + rest
-            ]
-            self.present, self.set_aside = min(len(there), len(seeds)), 0
-            return wanted if len(there) < len(seeds) else []
-        self.present = len(there & set(seeds))
-        self.set_aside = len(gone & set(seeds))
-        return [seed for seed in seeds if seed not in there | gone]
+            self.set_aside = 0
+            return self._fill_up(pairs, there, gone)
+        self.present = len(there & set(pairs))
+        self.set_aside = len(gone & set(pairs))
+        done = there | gone
+        return [(number, pair[1]) for number, pair in enumerate(pairs) if pair not in done]
+
+    def _fill_up(
+        self,
+        pairs: Sequence[tuple[str, int]],
+        there: set[tuple[str, int]],
+        gone: set[tuple[str, int]],
+    ) -> list[tuple[int, int]]:
+        """Pairs to draw so that every recipe is there as often as it is asked for, by any seeds."""
+        counts, done = Counter(key for key, _ in there), there | gone
+        again: dict[str, list[int]] = {key: [] for key, _ in pairs}
+        for key, seed in self._lost:
+            again[key].append(seed)
+        wanted = []
+        for number, (key, seed) in enumerate(pairs):
+            if counts[key]:
+                counts[key] -= 1
+            elif again[key]:
+                wanted.append((number, again[key].pop(0)))
+            elif (key, seed) not in done:
+                wanted.append((number, seed))
+        self.present = len(pairs) - len(wanted)
+        return wanted
+
+    def _refuse_others(
+        self, recipes: Sequence[Mapping[str, Any]], asked: Mapping[int, str], free: bool
+    ) -> None:
+        """Raises OutputError when a row belongs to no run of these recipes.
+
+        Where pairs have pictures of their own, rows of seeds that are not asked for may have any.
+        """
+        if self.append:
+            return
+        first, shared = identity(recipes[0]), identity(recipes[0], pictures=False)
+        one_recipe = len(set(asked.values())) == 1
+        for row in self._rows:
+            theirs = identity(row.recipe)
+            if one_recipe:
+                others = differences(first, theirs)
+            else:
+                others = differences(shared, identity(row.recipe, pictures=False))
+                own = None if free else asked.get(row.seed)
+                if not others and own is not None and own != _key(theirs):
+                    others = [f"picture or region for seed {row.seed}"]
+            if others:
+                raise OutputError(
+                    f"{self.root} holds pairs of another recipe (other {', '.join(others)}): "
+                    "choose another folder, or pass append=True to add to it"
+                )
 
     def write(self, pair: Pair) -> int:
         """Write a pair, whole or not at all.
@@ -154,11 +198,12 @@ class FolderWriter:
             OutputError: a file cannot be written.
         """
         assert self._manifest is not None, "use FolderWriter as a context manager"
-        lost = self._lost.pop(pair.seed, None)
+        lost = self._lost.pop((_key(identity(pair.recipe)), pair.seed), None)
         index = self._next if lost is None else lost.index
         files = _files_of(index)
         contents = {self.root / file: _encode(pair, kind) for kind, file in files.items()}
-        record = {name: getattr(pair, name) for name in ("seed", "empty_mask", "recipe")}
+        names = ("seed", "empty_mask", "scores", "accepted", "recipe")
+        record = {name: getattr(pair, name) for name in names}
         line = json.dumps({"index": index, "files": files, **record}).encode() + b"\n"
         self._check_manifest()
         end = os.fstat(self._manifest.fileno()).st_size
@@ -234,6 +279,10 @@ class FolderWriter:
         for path in (path for kind in KINDS for path in (self.root / kind).iterdir()):
             if path.suffix == ".png" and path.stem.isdecimal() and int(path.stem) >= first:
                 raise OutputError(f"{path} is not listed in {MANIFEST}: choose another folder")
+
+
+def _key(identity: Mapping[str, str]) -> str:
+    return json.dumps(identity, sort_keys=True)
 
 
 @contextmanager

@@ -18,8 +18,16 @@ from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import ChosenSampling, Prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-_PER_PAIR = {"seed", "mask"}
+_PER_PAIR = {"seed", "mask", "attempt"}
 _CIRCUMSTANCES = {"versions", "device", "backends"}
+# what pairs of one run may have of their own
+_PICTURES = ("background", "placement")
+_OLDER: Mapping[str, Any] = {
+    "tf32": False,
+    "placement": None,
+    "mask_source": "anomaly",
+    "accept": None,
+}
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors")
 
 
@@ -35,6 +43,10 @@ class Pair:
         seed: Of the pair's noise.
         empty_mask: Whether the anomaly image shows no defect.
         full_mask: Whether the mask covers the whole picture, which no defect does.
+        region: With a placement 255 where the defect was to go, as `mask`; else None.
+        scores: What the mask is worth; see `pipeline.scores.scores_of`.
+        accepted: Whether the scores are within the bounds of `accept`; None without bounds.
+        missed: The bounds that they are not within.
         recipe: Everything needed to reproduce the pair, JSON-ready.
     """
 
@@ -45,6 +57,10 @@ class Pair:
     empty_mask: bool
     recipe: dict[str, Any] = field(repr=False)
     full_mask: bool = False
+    region: Any = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    accepted: bool | None = None
+    missed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,43 +126,48 @@ class Facts:
     tf32: bool = False
 
 
-def same_recipe(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Names of what differs between two recipes, other than their seeds and masks.
+def identity(recipe: Mapping[str, Any], *, pictures: bool = True) -> dict[str, str]:
+    """Of every part of a recipe that tells runs apart, its JSON: not seeds and masks.
 
     Where files lay and what the machine offered is no difference: the weights' hashes count, and
-    paths, versions, devices and backends do not.
+    paths, versions, devices and backends do not. pictures: whether the hashes of normal pictures
+    and regions count, which pairs of one run may have of their own.
     """
+    # recipes of older versions do not say all
+    recipe = {**_OLDER, **recipe}
+    kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
+    for part in _PICTURES if not pictures else ():
+        settings = (kept.get(part) or {}).items()
+        kept[part] = [[k, v] for k, v in settings if not k.endswith("_sha256")]
+    for part in ("base", "adapter"):
+        kept[part] = (kept.get(part) or {}).get("sha256")
+    return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
 
-    def compared(recipe: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
-        # recipes of older versions do not say it
-        kept.setdefault("tf32", False)
-        for part in ("base", "adapter"):
-            kept[part] = (kept.get(part) or {}).get("sha256")
-        return json.loads(json.dumps(kept))
 
-    a, b = compared(ours), compared(theirs)
-    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Names of what differs between two identities."""
+    names = ours.keys() | theirs.keys()
+    return sorted(name for name in names if ours.get(name) != theirs.get(name))
 
 
 def describe(
     facts: Facts,
     sampling: ChosenSampling,
     prompts: Prompts,
-    background: Mapping[str, Any] | None,
     given: list[str],
     segmenter: str | None,
+    mask_source: str,
+    accept: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    """The part of a recipe that all pairs of a run share, JSON-ready.
+    """The part of a recipe that all pairs of a run share, JSON-ready: all but their pictures.
 
-    given: names of the tensors that replaced a draw.
+    given: names of the tensors that replaced a draw. accept: as from `Acceptance.record`.
     """
     return {
         "base": dict(facts.base),
         "adapter": dict(facts.adapter),
         "sampling": asdict(sampling),
         "prompts": asdict(prompts),
-        "background": dict(background) if background else None,
         "dtype": facts.dtype,
         "device": facts.device,
         "backends": dict(facts.backends),
@@ -154,4 +175,6 @@ def describe(
         "versions": versions(),
         "given": given,
         "segmenter": segmenter,
+        "mask_source": mask_source,
+        "accept": dict(accept) if accept else None,
     }

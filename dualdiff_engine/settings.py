@@ -228,6 +228,47 @@ class Background:
                 raise SettingsError(f"background {name}: no file {str(value)!r}")
 
 
+# more would leave nothing of most pictures
+MOST_EDGE = 16
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the defect goes, on a normal picture of the user's: the rest stays as it is.
+
+    picture, region: file path, PIL image or array, as `pictures.open_picture` takes them, of one
+    size; the region is white where the defect goes. Or region: `RegionStatistics`, by which a
+    region is sampled on the object for the pair's seed. object_mask: the object in white, on which
+    the region must lie; "all" for a texture, which is all object; None: found by its colour where
+    it is needed. edge: width of the soft edge around the region, in latent pixels (8 picture pixels
+    each in Stable Diffusion), 0 to 16. paste: whether pixels outside region and edge are the normal
+    picture's own; else they are the VAE's reconstruction of them.
+    """
+
+    picture: Any
+    region: Any
+    object_mask: Any = None
+    edge: float = 2.0
+    paste: bool = True
+
+    def __post_init__(self) -> None:
+        real = isinstance(self.edge, numbers.Real) and not isinstance(self.edge, bool)
+        _require(
+            real and 0 <= self.edge <= MOST_EDGE,
+            f"placement edge must be from 0 to {MOST_EDGE} latent pixels, got {self.edge!r}",
+        )
+        object.__setattr__(self, "edge", float(self.edge))
+        _require(
+            isinstance(self.paste, bool), f"placement paste must be a bool, got {self.paste!r}"
+        )
+        _require(self.region is not None, "placement region is None: pass a picture of it")
+        for name in ("picture", "region", "object_mask"):
+            value = getattr(self, name)
+            named = isinstance(value, str | Path) and not (name == "object_mask" and value == "all")
+            if named and not Path(value).is_file():
+                raise SettingsError(f"placement {name}: no file {str(value)!r}")
+
+
 def require_seed(seed: object, name: str = "seed") -> int:
     """Seeds are what `torch.Generator.manual_seed` takes without wrapping: 0 … 2^63-1."""
     value = whole_number(seed)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -74,8 +77,15 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _options(
-    precision: str, opset: int, size: str | None, dynamic: bool, most: int, batches: str, own: bool
+    precision: Precision = "float32",
+    opset: Opset = 23,
+    size: Size = None,
+    dynamic_size: Dynamic = False,
+    max_batch: MaxBatch = 64,
+    batches: Batches = "1,2,3",
+    exchange_operator: Operator = False,
 ) -> ExportOptions:
+    """The options of the commands that trace graphs, in the order of their help."""
     _require("onnx", "onnxscript", "onnxruntime")
     from dualdiff_engine.export.graph.write import ExportOptions
 
@@ -85,30 +95,51 @@ def _options(
         opset=opset,
         height=height,
         width=width,
-        dynamic_size=dynamic,
-        max_batch=most,
+        dynamic_size=dynamic_size,
+        max_batch=max_batch,
         batches=_numbers(batches),
-        exchange_operator=own,
+        exchange_operator=exchange_operator,
     )
 
 
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """By name, with annotations that typer can read."""
+    # not imported when the command starts, and no option by itself
+    hints = get_type_hints(function, localns={"ExportOptions": object}, include_extras=True)
+    parameters = inspect.signature(function).parameters
+    return {name: p.replace(annotation=hints[name]) for name, p in parameters.items()}
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, which takes the parameters of `_options` in place of its `options`."""
+    own, shared = _parameters(command), _parameters(_options)
+    place = list(own).index("options")
+    del own["options"]
+    parameters = list(own.values())
+    parameters[place:place] = shared.values()
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = _options(**{name: given.pop(name) for name in shared})
+        command(options=options, **given)
+
+    # what typer reads
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
 @export.command()
+@_with_options
 def onnx(
     base: Base,
     adapter: Adapter,
     out: Out,
-    precision: Precision = "float32",
-    opset: Opset = 23,
-    size: Size = None,
-    dynamic_size: Dynamic = False,
-    max_batch: MaxBatch = 64,
-    batches: Batches = "1,2,3",
-    exchange_operator: Operator = False,
+    options: ExportOptions,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
     """Write text encoder, denoiser and VAE as ONNX, validated against the engine's own networks."""
-    options = _options(precision, opset, size, dynamic_size, max_batch, batches, exchange_operator)
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.export.graph.write import export_onnx
 
@@ -157,22 +188,16 @@ def fold_adapter(
 
 
 @export.command()
+@_with_options
 def bundle(
     base: Base,
     adapter: Adapters,
     out: Out,
-    precision: Precision = "float32",
-    opset: Opset = 23,
-    size: Size = None,
-    dynamic_size: Dynamic = False,
-    max_batch: MaxBatch = 64,
-    batches: Batches = "1,2,3",
-    exchange_operator: Operator = False,
+    options: ExportOptions,
     allow_pickle: AllowPickle = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one folder for `Engine.from_bundle`: ONNX graphs, adapters, tokenizer, scheduler."""
-    options = _options(precision, opset, size, dynamic_size, max_batch, batches, exchange_operator)
     from dualdiff_engine.export.folder.bundle import write_bundle
 
     say = _say(quiet)

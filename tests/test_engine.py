@@ -310,7 +310,7 @@ def test_out_of_memory_at_one_pair_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     engine = golden_engine("dual")
     real = type(engine.unet).forward
     monkeypatch.setattr(type(engine.unet), "forward", machine_for(0, real))
-    with pytest.raises(OutOfMemoryError, match="batch of 1 pairs; not even one pair fits"):
+    with pytest.raises(OutOfMemoryError, match="batch of 1 pair: not even one pair fits"):
         engine.generate(seeds=range(4), batch=4, **QUICK)
 
 

@@ -47,6 +47,13 @@ def test_background(tmp_path: Path) -> None:
     assert set(np.unique(pixels(tmp_path / "0_mask.png"))) <= {0, 255}
 
 
+def test_placement(tmp_path: Path) -> None:
+    run("placement", tmp_path, **FEW)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {f"{n}{end}.png" for n in range(8) for end in ("", "_mask")} | {"sheet.png"}
+    assert pixels(tmp_path / "sheet.png").shape == (5 * 64 + 4 * 4, 8 * 64 + 7 * 4, 3)
+
+
 def test_callback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("callback", tmp_path, **FEW)
     steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
@@ -58,5 +65,6 @@ def test_callback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_all_are_run_and_short() -> None:
     scripts = {path.stem: path.read_text("utf-8") for path in FOLDER.glob("*.py")}
     # the bundle's needs an export: tests/export/test_example.py
-    assert scripts.keys() == {"pairs", "adapter_switch", "background", "callback", "bundle"}
+    names = {"pairs", "placement", "adapter_switch", "background", "callback", "bundle"}
+    assert scripts.keys() == names
     assert all(source.count("\n") <= 40 for source in scripts.values())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ pair = SimpleNamespace(
     image=Image.effect_noise((64, 64), 50).convert("RGB"),
     anomaly=Image.effect_noise((64, 64), 50).convert("RGB"),
     mask=Image.new("L", (64, 64), 255),
-    seed=1, empty_mask=False, recipe={"filler": "x" * 5000},
+    seed=1, empty_mask=False, scores={}, accepted=None, recipe={"filler": "x" * 5000},
 )
 with FolderWriter(sys.argv[1]) as writer:
     while True:
@@ -283,6 +284,62 @@ def test_nothing_of_a_failed_pair_is_left(
 def test_a_second_stream_into_the_same_writer_draws_nothing_again(tmp_path: Path) -> None:
     made = pair(1)
     with FolderWriter(tmp_path) as writer:
-        assert writer.missing(made.recipe, [1, 2], free=False) == [1, 2]
+        assert writer.missing([made.recipe], [1, 2], free=False) == [(0, 1), (1, 2)]
         writer.write(made)
-        assert writer.missing(made.recipe, [1, 2], free=False) == [2]
+        assert writer.missing([made.recipe], [1, 2], free=False) == [(1, 2)]
+
+
+def own(picture: str, **changed: Any) -> dict[str, Any]:
+    """A recipe of a run whose pairs have pictures of their own."""
+    return {"placement": {"picture_sha256": picture, "edge": 2.0, **changed}}
+
+
+def placed(seed: int, recipe: dict[str, Any]) -> Pair:
+    return replace(pair(seed), recipe={**recipe, "seed": seed})
+
+
+def test_pairs_with_pictures_of_their_own_are_one_run(tmp_path: Path) -> None:
+    recipes = [own("a"), own("b"), own("c")]
+    with FolderWriter(tmp_path) as writer:
+        assert writer.missing(recipes, [1, 2, 3], free=False) == [(0, 1), (1, 2), (2, 3)]
+        writer.write(placed(2, recipes[1]))
+        assert writer.missing(recipes, [1, 2, 3], free=False) == [(0, 1), (2, 3)]
+        # more pairs on other pictures join them
+        assert writer.missing([own("d"), own("e")], [4, 5], free=False) == [(0, 4), (1, 5)]
+        # another picture for a seed that is there does not
+        with pytest.raises(OutputError, match="other picture or region for seed 2"):
+            writer.missing([own("a"), own("z")], [1, 2], free=False)
+        # nor do other settings
+        changed = [own("a", edge=1.0), own("b", edge=1.0)]
+        with pytest.raises(OutputError, match="other placement"):
+            writer.missing(changed, [7, 8], free=False)
+        # one picture for all is another run
+        with pytest.raises(OutputError, match="other placement"):
+            writer.missing([own("a")], [7, 8], free=False)
+    with FolderWriter(tmp_path, append=True) as writer:
+        assert writer.missing([own("z")], [2], free=False) == [(0, 2)]
+
+
+def test_a_lost_pair_is_replaced_by_its_own_picture_only(tmp_path: Path) -> None:
+    """Two pairs of one seed on two pictures, of which one is damaged."""
+    with FolderWriter(tmp_path, append=True) as writer:
+        writer.write(placed(1, own("a")))
+        writer.write(placed(1, own("b")))
+        (tmp_path / "mask" / "00001.png").unlink()
+        assert writer.missing([own("c"), own("b")], [1, 2], free=False) == [(0, 1), (1, 2)]
+        assert writer.write(placed(1, own("c"))) == 2
+        assert writer.missing([own("b")], [1], free=False) == [(0, 1)]
+        assert writer.write(placed(1, own("b"))) == 1
+
+
+def test_free_seeds_fill_up_every_picture(tmp_path: Path) -> None:
+    recipes = [own("a"), own("b"), own("a"), own("c")]
+    with FolderWriter(tmp_path) as writer:
+        assert len(writer.missing(recipes, [11, 12, 13, 14], free=True)) == 4
+        for seed, recipe in ((11, recipes[0]), (12, recipes[1]), (13, recipes[0])):
+            writer.write(placed(seed, recipe))
+        assert writer.missing(recipes, [21, 22, 23, 24], free=True) == [(3, 24)]
+        assert writer.present == 3
+        (tmp_path / "image" / "00001.png").write_bytes(b"damaged")
+        # the pair of picture b again, by its own seed
+        assert writer.missing(recipes, [21, 22, 23, 24], free=True) == [(1, 12), (3, 24)]

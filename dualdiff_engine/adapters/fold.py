@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from dualdiff_engine.adapters.format import (
     SiteAdapter,
 )
 from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.settings import Prompts
 
 Tensors = Mapping[str, Tensor]
 
@@ -50,11 +51,16 @@ _TIME_PART = re.compile(r"(.+\.resnets\.\d+)\.(time_emb_proj\.(weight|bias)|conv
 
 @dataclass(frozen=True)
 class Resident:
-    """A folded adapter, ready to be pointed at."""
+    """A folded adapter, ready to be pointed at.
+
+    prompts: what is drawn when a caller names none; the released ones, or those that a bundle
+    recorded.
+    """
 
     summary: AdapterSummary
     sites: Mapping[str, Tensor]
     text: Mapping[str, Tensor]
+    prompts: Prompts = field(default_factory=Prompts)
 
 
 def engine_name(diffusers_name: str) -> str:

@@ -10,8 +10,8 @@ identity    one hash of the weights and values that shape a picture
 
 from __future__ import annotations
 
-from dualdiff_engine.base_model.folder import BUNDLE, read_json
+from dualdiff_engine.base_model.folder import BUNDLE, blamed_on, first_line, read_json
 from dualdiff_engine.base_model.model import BaseModel
 from dualdiff_engine.base_model.tensors import TensorFile
 
-__all__ = ["BUNDLE", "BaseModel", "TensorFile", "read_json"]
+__all__ = ["BUNDLE", "BaseModel", "TensorFile", "blamed_on", "first_line", "read_json"]

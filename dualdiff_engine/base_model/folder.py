@@ -77,15 +77,17 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def blamed_on(where: Path | str, remedy: str = AGAIN) -> Iterator[None]:
-    """Turn whatever another library raises about a part of the folder into one BaseModelError."""
+def blamed_on(
+    where: Path | str, remedy: str = AGAIN, kind: type[DualDiffError] = BaseModelError
+) -> Iterator[None]:
+    """Turn whatever another library raises about a folder or a file into one error of a kind."""
     try:
         yield
     except (DualDiffError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     # tokenizers is Rust, and its panics are no `Exception`
     except BaseException as error:
-        raise BaseModelError(
+        raise kind(
             f"{where} cannot be loaded ({type(error).__name__}: {first_line(error)}): {remedy}"
         ) from error
 

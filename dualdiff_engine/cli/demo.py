@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dualdiff_engine.pair import Pair
+    from dualdiff_engine.pipeline.regions import RegionStatistics
 
 SHEET = "sheet.png"
 COLUMNS = 8
@@ -27,15 +28,27 @@ Name = Annotated[str | None, typer.Option(help=f"Use the demo model: {', '.join(
 
 
 def filled(
-    name: str | None, base: str | None, adapter: Path | None, options: dict[str, Any]
-) -> tuple[str, Path, dict[str, Any]]:
+    name: str | None,
+    base: str | None,
+    adapter: Path | None,
+    exported: Path | None,
+    options: dict[str, Any],
+) -> tuple[str, Path | None, dict[str, Any]]:
     """Base, adapter and `Engine.stream` options of a `generate` command, with or without --demo.
 
-    options: as given on the command line, which win over the demo's. Raises SettingsError.
+    A bundle, or an export with its base, starts with an adapter of its own. options: as given on
+    the command line, which win over the demo's. Raises SettingsError.
     """
     if name is None:
-        if base is None or adapter is None:
-            raise SettingsError("pass --base and --adapter, or --demo washer/stain")
+        if base is None:
+            raise SettingsError(
+                "pass --base and --adapter, --base with a bundle, or --demo washer/stain"
+            )
+        if adapter is None and exported is None:
+            from dualdiff_engine.base_model import BUNDLE
+
+            if not Path(base, BUNDLE).is_file():
+                raise SettingsError(f"pass --adapter: {base} is not a bundle, which would hold one")
         return base, adapter, options
     if base is not None or adapter is not None:
         raise SettingsError(
@@ -43,9 +56,19 @@ def filled(
         )
     preset = find(name)
     given = {key: value for key, value in options.items() if value is not None}
-    if given.get("prompts") == type(preset.prompts)():
-        del given["prompts"]
-    return str(BASE), preset.adapter, {**preset.options(), **given}
+    own = preset.options()
+    if "placement" in given:
+        # the user's pictures are their own backgrounds
+        own.pop("background", None)
+    return str(BASE), preset.adapter, {**own, **given}
+
+
+def statistics(name: str) -> RegionStatistics:
+    """Of the masks that a preset's adapter was trained with. Raises SettingsError."""
+    from dualdiff_engine.demo.train.adapters import training_masks
+    from dualdiff_engine.pipeline.regions import region_statistics
+
+    return region_statistics(training_masks(find(name)))
 
 
 def demo(

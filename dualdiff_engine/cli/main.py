@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +56,19 @@ from dualdiff_engine.cli.options import (
     Trust,
     Tune,
 )
+from dualdiff_engine.cli.placement import (
+    Accept,
+    Attempts,
+    Edge,
+    MaskFrom,
+    Paste,
+    Pictures,
+    PlacementOptions,
+    Region,
+    RegionMasks,
+    bounds_of,
+    repeated,
+)
 from dualdiff_engine.cli.train import train
 from dualdiff_engine.cli.tune import continued
 from dualdiff_engine.errors import (
@@ -73,13 +88,15 @@ if TYPE_CHECKING:
 FAILED, SET_ASIDE = 2, 3
 _STOPPED = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
+_MEMORY = "out of memory: close other programs, or use a machine or container with more memory"
+
 # remedies for Python callers -> the same for the command line
 _REMEDIES = {
     "allow_pickle=True": "--allow-pickle",
     "append=True": "--append",
     "background=Background(…)": "--background PICTURE",
+    "pass object_mask, or object_mask='all'": "pass --object-mask MASK, or --object-mask all",
     "exported=FOLDER": "--exported FOLDER",
-    "pass batch=": "pass --batch ",
     "pass trust=True (--trust)": "pass --trust",
 }
 # `UsageError` of the click that this typer uses, its own copy or the package
@@ -120,7 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except DualDiffError as error:
         return _fail(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        # not at the top: it loads PyTorch
+        from dualdiff_engine.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(_MEMORY)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return _fail(_MEMORY)
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
     if code in _STOPPED:
         _say(f"dualdiff: {_STOPPED[code]}")
@@ -170,9 +196,14 @@ def generate(
     guidance: Guidance = None,
     scheduler: Scheduler = None,
     size: Size = None,
-    image_prompt: Prompt = settings.IMAGE_PROMPT,
-    anomaly_prompt: Prompt = settings.ANOMALY_PROMPT,
-    negative_prompt: Prompt = "",
+    image_prompt: Prompt = None,
+    anomaly_prompt: Prompt = None,
+    negative_prompt: Prompt = None,
+    picture: Pictures = None,
+    region: Region = None,
+    region_masks: RegionMasks = None,
+    edge: Edge = None,
+    paste: Paste = None,
     background: Picture = None,
     object_mask: ObjectMask = None,
     background_noise: Noise = None,
@@ -183,6 +214,9 @@ def generate(
     cuda_graph: CudaGraph = None,
     tune: Tune = "auto",
     segmenter: Masker = None,
+    mask: MaskFrom = "anomaly",
+    accept: Accept = None,
+    attempts: Attempts = None,
     exported: Exported = None,
     trust: Trust = False,
     allow_pickle: AllowPickle = False,
@@ -191,18 +225,33 @@ def generate(
 ) -> None:
     """Draw pairs into a folder: image/, anomaly/, mask/, and manifest.jsonl with their recipes."""
     sampling = _given(steps=steps, guidance=guidance, scheduler=scheduler)
+    # of the background, if there is one, else of the pictures
+    of_pictures = picture is not None and background is None
     surroundings = _given(
-        object_mask=object_mask, noise=background_noise, noise_seed=background_noise_seed
+        object_mask=None if of_pictures else object_mask,
+        noise=background_noise,
+        noise_seed=background_noise_seed,
     )
+    placing = PlacementOptions(
+        picture, region, region_masks, object_mask if of_pictures else None, edge, paste
+    )
+    placements = placing.placements(partial(demos.statistics, demo) if demo else None)
+    chosen = _chosen_seeds(count, seeds, seed, len(placements) or 1)
     options: dict[str, Any] = {
-        **_chosen_seeds(count, seeds, seed),
+        **chosen,
+        "placement": repeated(placements, chosen),
         **_checked_sampling(sampling, size),
-        "prompts": Prompts(image_prompt, anomaly_prompt, negative_prompt),
         "background": _surroundings(background, surroundings),
         "segmenter": segmenter,
+        "mask": mask,
+        "accept": bounds_of(accept),
+        "attempts": attempts,
         "progress": not quiet,
     }
-    base, adapter, options = demos.filled(demo, base, adapter, options)
+    words = _given(image=image_prompt, anomaly=anomaly_prompt, negative=negative_prompt)
+    # refused here rather than after loading
+    Prompts(**words)
+    base, adapter, options = demos.filled(demo, base, adapter, exported, options)
     from dualdiff_engine.folder_writer import FolderWriter
 
     with FolderWriter(out, append=append) as writer:
@@ -221,7 +270,8 @@ def generate(
             exported=exported,
             trust=trust,
         ) as engine:
-            _write_pairs(engine, options, writer, quiet)
+            prompts = replace(options.get("prompts") or engine.active.prompts, **words)
+            _write_pairs(engine, {**options, "prompts": prompts}, writer, quiet)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -229,15 +279,17 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _chosen_seeds(count: int | None, seeds: str | None, first: int | None) -> dict[str, Any]:
-    """The arguments of `Engine.stream` that select the pairs."""
+def _chosen_seeds(
+    count: int | None, seeds: str | None, first: int | None, default: int
+) -> dict[str, Any]:
+    """The arguments of `Engine.stream` that select the pairs; default: how many."""
     if seeds is not None:
         if count is not None or first is not None:
             raise SettingsError("--seeds already selects the pairs: leave out --count and --seed")
         return {"seeds": _listed(seeds)}
     if first is None:
-        return {"n": count or 1}
-    chosen = range(first, first + (count or 1))
+        return {"n": count or default}
+    chosen = range(first, first + (count or default))
     for seed in (chosen[0], chosen[-1]):
         settings.require_seed(seed)
     return {"seeds": chosen}
@@ -271,7 +323,10 @@ def _checked_sampling(given: dict[str, Any], size: str | None) -> dict[str, Any]
 def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | None:
     if picture is None:
         if given:
-            raise SettingsError("--object-mask and --background-noise… need --background PICTURE")
+            raise SettingsError(
+                "--object-mask and --background-noise… need --background PICTURE, or a mask of "
+                "--picture"
+            )
         return None
     from dualdiff_engine.pipeline.background import opened
 
@@ -283,9 +338,9 @@ def _write_pairs(
     engine: Engine, options: dict[str, Any], writer: FolderWriter, quiet: bool
 ) -> None:
     """Draw what the folder lacks. Raises typer.Exit unless every pair is there in the end."""
-    from dualdiff_engine.folder_writer import QUARANTINE
+    from dualdiff_engine.folder_writer import MANIFEST, QUARANTINE
 
-    written = empty = full = 0
+    written = empty = full = refused = 0
     with clean_stop(engine.interrupt) as stopped:
         pairs = engine.stream(**options, resume=writer, on_fault=writer.quarantine)
         # closed, the generator ends its progress bar, which would run over an error's line
@@ -295,7 +350,10 @@ def _write_pairs(
                 written += 1
                 empty += pair.empty_mask
                 full += pair.full_mask
+                refused += pair.accepted is False
     lines = [f"new pairs in {writer.root}: {written} (empty masks: {empty}, full masks: {full})"]
+    if refused:
+        lines.append(f"not accepted in any attempt: {refused}, see their rows in {MANIFEST}")
     if writer.present:
         lines.append(f"{writer.present} of {writer.present + written} pairs were already there")
     if writer.set_aside:

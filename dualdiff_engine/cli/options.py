@@ -44,10 +44,16 @@ Scheduler = Annotated[
     str | None, typer.Option(help="Diffusers scheduler class (default: the base model's).")
 ]
 Size = Annotated[str | None, typer.Option(help="Size in pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
-Prompt = Annotated[str, typer.Option()]
+Prompt = Annotated[
+    str | None, typer.Option(help="Default: the bundle's for its adapter, else the released one.")
+]
 Picture = Annotated[Path | None, typer.Option(**FILE, help="Picture whose background is kept.")]
 ObjectMask = Annotated[
-    Path | None, typer.Option(**FILE, help="Mask of the object in that picture, in white.")
+    str | None,
+    typer.Option(
+        help="Mask of the object in that picture, in white. With --picture also a folder of masks, "
+        "or 'all' for a texture."
+    ),
 ]
 Noise = Annotated[
     NoiseMode | None,

@@ -91,7 +91,7 @@ class SelfSite(AttentionSite):
         return self.finish(attended, residual, call)
 
     def background_kv(self, hidden: Tensor) -> Tensor:
-        """dK and dV of the image branch: [rows, S, C] of the background pass -> [rows, S, 2·C]."""
+        """dK and dV of the image branch: [N, S, C] of the background pass -> [N, S, 2·C]."""
         return self.ops.linear(hidden, self.background_weight, self.background_bias)
 
 

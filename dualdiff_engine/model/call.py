@@ -27,7 +27,10 @@ class Denoiser(Protocol):
     def background_shares(
         self, latents: Tensor, time: Sequence[Tensor], text: Sequence[Tensor], /
     ) -> list[Tensor]:
-        """The background pass; latents [R, 4, h, w], noised -> what a call needs of them."""
+        """The background pass; latents [R, 4, h, w], noised -> what a call needs of them.
+
+        Or [R·B, 4, h, w]: a background for each of B pairs.
+        """
         ...
 
     def __call__(
@@ -58,7 +61,8 @@ class Call:
     the guidance rows apart, the rows of a pair are equal and only one of them is carried.
 
     time_bias: per resnet, [C_out]. text: per text site, keys and values [branches, rows, L, 2·C].
-    background: per self site, the shares of the image branch's keys and values, [rows, S, 2·C].
+    background: per self site, the shares of the image branch's keys and values, [rows, S, 2·C], or
+    [rows·batch, S, 2·C] where pairs have backgrounds of their own.
     record_background: whether this call is the background pass, which fills `recorded` with just
     that, one per self site.
     """

@@ -124,11 +124,13 @@ class DualUNet(nn.Module):
     ) -> list[Tensor]:
         """The background pass: the first branch alone, without exchange.
 
-        latents [R, 4, h, w], noised to the timestep; text as from `text_inputs`, of which the
-        first branch is used -> per self site, shares of its keys and values [R, S, 2·C].
+        latents [R, 4, h, w], noised to the timestep, or [R·B, 4, h, w] of B backgrounds; text as
+        from `text_inputs`, of which the first branch is used -> per self site, shares of its keys
+        and values [R, S, 2·C] or [R·B, S, 2·C].
         """
-        rows = latents.shape[0]
-        call = Call(1, rows, 1, time_bias, [kv[:1] for kv in text], record_background=True)
+        rows = text[0].shape[1]
+        each = latents.shape[0] // rows
+        call = Call(1, rows, each, time_bias, [kv[:1] for kv in text], record_background=True)
         self._run(latents, call)
         return call.recorded
 

@@ -46,8 +46,9 @@ def branch_linear(
 
     input [F, M, C], weight [F, D, C], bias [D] -> [F, M, D], in the input's dtype.
     background_kv [R, S, E] and keep [1] join the background to keys and values: the last E columns
-    of branch 0, its rows seen as [R, B, S], become keep · y_0 + background_kv. linear: computes the
-    products; by default PyTorch does, each written where it belongs.
+    of branch 0, its rows seen as [R, B, S], become keep · y_0 + background_kv. Where pairs have
+    backgrounds of their own, R stands for R·B, and B is 1. linear: computes the products; by
+    default PyTorch does, each written where it belongs.
     """
     out = input.new_empty(*input.shape[:-1], weight.shape[1])
     for x, w, y in zip(input.flatten(1, -2), weight, out.flatten(1, -2), strict=True):

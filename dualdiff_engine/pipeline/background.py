@@ -1,14 +1,14 @@
 """A background picture -> latents -> shares of the image branch's keys and values.
 
 The background pass does not depend on the sample: one pass per denoiser call serves a whole batch,
-and with fixed noise every later batch.
+and with fixed noise every later batch. Pairs may have backgrounds of their own, in one pass, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from dualdiff_engine.device import spare_bytes
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.pictures import object_mask_fault, open_picture
+from dualdiff_engine.pipeline.encode import PictureLatents, digest
 from dualdiff_engine.settings import Background, Prompts
 
 Shares = Sequence[Tensor]
@@ -56,18 +57,16 @@ def cut_out(background: Background, height: int, width: int) -> np.ndarray:
     return pixels
 
 
-def digest(pixels: np.ndarray) -> str:
-    return hashlib.sha256(pixels.tobytes()).hexdigest()
-
-
 def encode(vae: Any, pixels: np.ndarray) -> Tensor:
     """Latents [2, 4, h, w] fp32 of (a mid-grey picture, the background), posterior means.
 
     As released, they are not multiplied by the VAE's scaling factor.
     """
-    picture = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
-    both = torch.cat([torch.zeros_like(picture), picture]).to(vae.device, vae.dtype)
-    return torch.cat([vae.encode(x[None]).latent_dist.mean for x in both]).float()
+    return _grey_and_picture(PictureLatents(vae), pixels)
+
+
+def _grey_and_picture(latents: PictureLatents, pixels: np.ndarray) -> Tensor:
+    return torch.stack([latents.grey(*pixels.shape[:2]), latents.of(pixels)])
 
 
 def fresh_noise(shape: tuple[int, ...], seed: int) -> Iterator[Tensor]:
@@ -109,23 +108,111 @@ class BackgroundBank:
 
     def shares(self, timestep: Tensor, time_bias: Sequence[Tensor], run: Pass) -> Shares:
         """The shares for the next call; run(noised latents, time_bias) is the background pass."""
-        if isinstance(self.noise, Tensor) or self.noise == "fresh":
-            return run(self._noised(next(self._draws), timestep), time_bias)
         key = float(timestep)
-        if key not in self._kept:
-            draw = fixed_noise(tuple(self.latents.shape), self.seed, key)
-            shares = run(self._noised(draw, timestep), time_bias)
-            size = sum(share.nbytes for share in shares)
-            if size > self._room:
-                return shares
+        if key in self._kept:
+            return self._kept[key]
+        shares = run(self.noised(timestep), time_bias)
+        size = sum(share.nbytes for share in shares)
+        if self._fixed and size <= self._room:
             self._room -= size
             self._kept[key] = shares
-        return self._kept[key]
+        return shares
+
+    def noised(self, timestep: Tensor) -> Tensor:
+        """Latents [R, 4, h, w] of the next call, with its noise."""
+        if self._fixed:
+            draw = fixed_noise(tuple(self.latents.shape), self.seed, float(timestep))
+        else:
+            draw = next(self._draws)
+        return self._noised(draw, timestep)
+
+    @property
+    def _fixed(self) -> bool:
+        return isinstance(self.noise, str) and self.noise == "fixed"
+
+    def release(self) -> None:
+        """Drop the shares that are kept; they are computed again, to the same values."""
+        self._room += sum(share.nbytes for shares in self._kept.values() for share in shares)
+        self._kept.clear()
 
     def _noised(self, draw: Tensor, timestep: Tensor) -> Tensor:
         # schedulers with fractional timesteps: the nearest one that was trained
         index = timestep.round().long().reshape(1).cpu()
         return self.noiser.add_noise(self.latents, draw.to(self.latents.device), index)
+
+
+class BankOfEach:
+    """The shares of a batch whose pairs have backgrounds of their own: one pass for all of them.
+
+    banks: one per pair; pairs with one background share one. Nothing is kept between batches: every
+    pair has shares of its own, which would fill the memory.
+    """
+
+    def __init__(self, banks: Sequence[BackgroundBank]) -> None:
+        self._pairs = tuple(banks)
+        self._distinct = list(dict.fromkeys(banks))
+        places = [self._distinct.index(bank) for bank in banks]
+        self._places = torch.tensor(places, device=banks[0].latents.device)
+        self.rewind()
+
+    def first(self, pairs: int) -> BankOfEach:
+        """Of the first pairs of the batch."""
+        return BankOfEach(self._pairs[:pairs])
+
+    def rewind(self) -> None:
+        """Start the noise of a batch."""
+        for bank in self._distinct:
+            bank.rewind()
+
+    def shares(self, timestep: Tensor, time_bias: Sequence[Tensor], run: Pass) -> Shares:
+        """As `BackgroundBank.shares`, of R·B rows [R·B, S, 2·C]: rows, then pairs."""
+        noised = torch.stack([bank.noised(timestep) for bank in self._distinct], dim=1)
+        shares = run(noised.flatten(0, 1), time_bias)
+        if len(self._distinct) == len(self._pairs):
+            return shares
+        split = (noised.shape[0], len(self._distinct))
+        return [x.unflatten(0, split).index_select(1, self._places).flatten(0, 1) for x in shares]
+
+
+Bank = BackgroundBank | BankOfEach
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """A checked background.
+
+    record: its part of a recipe. pixels: makes what is encoded, uint8 [H, W, 3]; None where latents
+    were given.
+    """
+
+    record: dict[str, Any]
+    pixels: Callable[[], np.ndarray] | None
+
+    @classmethod
+    def of(
+        cls, background: Background, size: tuple[int, int], noise: Tensor | None
+    ) -> Surroundings:
+        """size: (height, width). Opens the pictures. Raises SettingsError."""
+        pixels = cut_out(background, *size)
+        return cls(record_of(background, pixels, noise), lambda: pixels)
+
+
+def listed(
+    background: Background | Sequence[Background] | None, pairs: int
+) -> tuple[Background, ...]:
+    """None, one for all, or one per pair. Raises SettingsError for what is none of these."""
+    if background is None:
+        return ()
+    several = [background] if isinstance(background, Background) else background
+    if not isinstance(several, list | tuple) or not all(isinstance(b, Background) for b in several):
+        raise SettingsError(
+            f"background must be Background(…) or a list of them, got {type(background).__name__}"
+        )
+    if len(several) not in (1, pairs):
+        raise SettingsError(
+            f"background lists {len(several)} for {pairs} pairs: give one per pair, or one for all"
+        )
+    return tuple(several)
 
 
 def record_of(
@@ -149,24 +236,29 @@ class BankStore:
         """Forget the bank: it belongs to one adapter."""
         self._last = None
 
+    def release(self) -> None:
+        """Drop what can be computed again."""
+        if self._last is not None:
+            self._last[1].release()
+
     def open(
         self,
         record: Mapping[str, Any],
-        pixels: np.ndarray | None,
+        pixels: Callable[[], np.ndarray] | None,
         latents: Tensor | None,
         noise: Tensor | None,
         *,
         shape: tuple[int, ...],
         prompts: Prompts,
-        vae: Any,
+        encoded: PictureLatents,
         make_noiser: Callable[[], Any],
         device: torch.device,
     ) -> BackgroundBank:
         """A bank, the last one if nothing that it depends on changed.
 
-        record: as from `record_of`. pixels: of the background, as from `cut_out`, or latents
-        [2, 4, h, w] in their place. noise [calls, 2, 4, h, w] replaces the draws. shape: of the
-        bank's latents, [R, 4, h, w].
+        record: as from `record_of`. pixels: makes those of the background, as from `cut_out`; or
+        latents [2, 4, h, w] in their place. noise [calls, 2, 4, h, w] replaces the draws. shape: of
+        the bank's latents, [R, 4, h, w].
         """
         # what a caller gave as a tensor has no name to be kept under
         key = (*record.values(), shape, prompts) if latents is None and noise is None else None
@@ -174,7 +266,7 @@ class BankStore:
             return self._last[1]
         if latents is None:
             assert pixels is not None, "a background has pixels or latents"
-            latents = encode(vae, pixels)
+            latents = _grey_and_picture(encoded, pixels())
         rows = shape[0]
         bank = BackgroundBank(
             latents[-rows:].to(device),

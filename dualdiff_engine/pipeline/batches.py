@@ -8,12 +8,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from dualdiff_engine.errors import OutOfMemoryError, SettingsError
+from dualdiff_engine.device import onednn_refuses
+from dualdiff_engine.errors import BackendError, OutOfMemoryError, SettingsError
 
 logger = logging.getLogger(__name__)
 
 # batches that went through before a larger one is tried again
 PATIENCE = 8
+# what one pair alone can still be made to need
+SMALLER = "use a smaller size or dtype bfloat16"
 
 
 class BusyLock:
@@ -42,6 +45,7 @@ class BatchMemory:
     def __init__(self) -> None:
         self._limit: int | None = None
         self._since = 0
+        self._warned = False
 
     def next(self, wanted: int) -> int:
         """Pairs to draw at once: as many as wanted, or as fit."""
@@ -53,10 +57,18 @@ class BatchMemory:
         """A batch went through."""
         self._since += 1
 
-    def failed(self, batch: int) -> int:
-        """A batch did not fit; returns the next to try. Raises OutOfMemoryError at one pair."""
+    def failed(self, batch: int, message: str) -> int:
+        """A batch did not fit; returns the next to try. message: of the error that said so.
+
+        Raises OutOfMemoryError at one pair, BackendError where the reason was not memory.
+        """
+        if onednn_refuses(message):
+            raise BackendError(
+                "oneDNN cannot create any kernel on this machine, at any batch: allow the process "
+                "to map executable memory, or install another build of PyTorch"
+            )
         if batch == 1:
-            raise OutOfMemoryError(1, 0)
+            raise OutOfMemoryError("at a batch of 1 pair", f"not even one pair fits; {SMALLER}")
         if self._limit is None:
             logger.warning(
                 "out of memory at a batch of %d pairs: drawing the same seeds again, %d at once",
@@ -65,6 +77,12 @@ class BatchMemory:
             )
         self._limit, self._since = batch // 2, 0
         return self._limit
+
+    def freed(self, doing: str) -> None:
+        """Something else did not fit next to what earlier batches left behind."""
+        if not self._warned:
+            logger.warning("out of memory %s: freeing memory, then trying again", doing)
+        self._warned = True
 
 
 class Stderr:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -14,7 +13,11 @@ def decode(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     vae: diffusers' AutoencoderKL, or what has its calls. latents [2, 4, h, w] of one pair. One
     picture at a time: its pixels must not depend on a batch. What is not finite stays so.
     """
-    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-    decoded = torch.cat([vae.decode(x[None]).sample for x in scaled])
-    image, anomaly = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
+    image, anomaly = (decoded(vae, x / vae.config.scaling_factor) for x in latents)
     return image, anomaly
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Picture [3, H, W] fp32 in [0, 1] on the CPU of latents [4, h, w] without scaling factor."""
+    picture: Tensor = vae.decode(latents[None].to(vae.dtype)).sample[0]
+    return (picture.float() / 2 + 0.5).clamp(0, 1).cpu()

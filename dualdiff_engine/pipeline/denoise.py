@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import Ops
-from dualdiff_engine.pipeline.background import BackgroundBank
+from dualdiff_engine.pipeline.background import Bank
+from dualdiff_engine.pipeline.blend import Blend, Level, noise_levels
 from dualdiff_engine.settings import ChosenSampling
 
 # (step, timestep, latents [B, 2, 4, h, w]) -> latents to go on with, or None to stop
@@ -36,6 +37,10 @@ class Schedule:
         scheduler, self._unused = self._unused or self._made(), None
         return scheduler
 
+    def noise_levels(self) -> list[Level]:
+        """Of the latents at every call, and after the last; see `blend.noise_levels`."""
+        return noise_levels(self._made())
+
     def _made(self) -> Any:
         scheduler = self._make()
         scheduler.set_timesteps(self._steps, device="cpu")
@@ -55,13 +60,15 @@ def denoise(
     text: Sequence[Tensor],
     sampling: ChosenSampling,
     generators: Sequence[torch.Generator],
-    background: BackgroundBank | None,
+    background: Bank | None,
     step_end: StepEnd,
+    blend: Blend | None = None,
 ) -> Tensor | None:
     """Clean latents [B, 2, 4, h, w] fp32 from standard normal ones, or None when stopped.
 
     scheduler: fresh, steps already set, on the CPU. text: as from `Denoiser.text_inputs`, with as
-    many guidance rows as the sampling has. Latents and scheduler arithmetic stay in fp32.
+    many guidance rows as the sampling has. blend: what keeps the latents outside a placement.
+    Latents and scheduler arithmetic stay in fp32.
     """
     timesteps = scheduler.timesteps
     time_inputs = denoiser.time_inputs(timesteps.to(latents.device))
@@ -76,6 +83,9 @@ def denoise(
         return denoiser.background_shares(noised, time, text)
 
     latents = latents * scheduler.init_noise_sigma
+    if blend is not None:
+        blend.attach(scheduler)
+        latents = blend(latents, 0)
     for step, timestep in enumerate(timesteps):
         time = time_inputs[step]
         shares = background.shares(timestep, time, background_pass) if background else None
@@ -85,6 +95,8 @@ def denoise(
             ops.guided_step(noise, sampling.guidance) if sampling.guided else noise[:, 0].float()
         )
         latents = scheduler.step(guided.transpose(0, 1), timestep, latents, **extra).prev_sample
+        if blend is not None:
+            latents = blend(latents, step + 1)
         kept = step_end(step, timestep, latents)
         if kept is None:
             return None

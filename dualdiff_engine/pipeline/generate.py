@@ -5,197 +5,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dualdiff_engine.device import is_out_of_memory, numerics
+from dualdiff_engine.device import enough_memory, is_out_of_memory, numerics, release_memory
 from dualdiff_engine.errors import PairError, SettingsError
-from dualdiff_engine.model.call import Denoiser
-from dualdiff_engine.ops import Ops
 from dualdiff_engine.pair import (
-    Facts,
     Fault,
     Pair,
-    check_output_type,
-    describe,
     present,
     present_mask,
     to_uint8,
 )
+from dualdiff_engine.pipeline import background as backgrounds
 from dualdiff_engine.pipeline import faults
-from dualdiff_engine.pipeline.background import BackgroundBank, BankStore, cut_out, record_of
-from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock, Stderr
+from dualdiff_engine.pipeline.background import Bank, BankOfEach, Surroundings
+from dualdiff_engine.pipeline.batches import SMALLER, Stderr
 from dualdiff_engine.pipeline.decode import decode
-from dualdiff_engine.pipeline.denoise import Schedule, denoise, draw_latents
+from dualdiff_engine.pipeline.denoise import denoise, draw_latents
+from dualdiff_engine.pipeline.encode import PictureLatents
 from dualdiff_engine.pipeline.faults import FiniteWatch
-from dualdiff_engine.pipeline.masks import MaskResult, Segmenter, extract_mask
-from dualdiff_engine.pipeline.text import TextEncoder
-from dualdiff_engine.settings import (
-    Background,
-    ChosenSampling,
-    Prompts,
-    Sampling,
-    batch_of,
-    seeds_of,
-)
+from dualdiff_engine.pipeline.placement import Canvas, Placed
+from dualdiff_engine.pipeline.request import Request, Run
+from dualdiff_engine.pipeline.scores import attempt_seed, cut_to_change, scores_of
 
-
-class Resumed(Protocol):
-    """Where pairs go; knows which are there."""
-
-    def missing(self, recipe: Mapping[str, Any], seeds: Sequence[int], free: bool) -> list[int]:
-        """The seeds to draw; free: they were not asked for by number.
-
-        Raises OutputError when what is there was drawn by another recipe.
-        """
-        ...
-
-
-# diffusers' convention: (step, timestep, {"latents": [B, 2, 4, h, w]}) -> the same dict
-StepCallback = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parts that draw pairs with one adapter.
+class Batch:
+    """Pairs that are drawn at once; all of their own tensors are per pair.
 
-    text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class
-    name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
-    in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
-    background. is_active: whether the adapter is still the one that the denoiser holds.
-    interrupted: whether to stop after this step. busy: held while networks run. batches: which
-    batches fitted into memory.
+    noise: [B, 2, 4, h, w]; generators: those of the pairs, which have drawn it. bank: of the
+    background, if there is one. placed: of the placements, if there are any.
     """
 
-    denoiser: Denoiser
-    ops: Ops
-    text_encoder: TextEncoder
-    text_weights: Mapping[str, Tensor]
-    vae: Any
-    make_scheduler: Callable[[str], Any]
-    make_noiser: Callable[[], Any]
-    banks: BankStore
-    device: torch.device
-    dtype: torch.dtype
-    max_batch: int
-    size: tuple[int, int]
-    pixels_per_latent: int
-    scheduler: str
-    adapter: str | None
-    trained_background: bool
-    facts: Facts
-    is_active: Callable[[], bool]
-    interrupted: Callable[[], bool]
-    busy: BusyLock
-    batches: BatchMemory
+    noise: Tensor
+    generators: list[torch.Generator]
+    bank: Bank | None
+    placed: Placed | None
 
-
-@dataclass(frozen=True)
-class Request:
-    """What a caller asked for, checked. No network has run.
-
-    tokens: ids of the prompts, as from `TextEncoder.tokenize_pair`. surroundings: pixels of the
-    background, uint8 [H, W, 3]. latents [n, 2, 4, h, w], background_latents [2, 4, h, w] and
-    background_noise [calls, 2, 4, h, w] replace the draws.
-    """
-
-    seeds: tuple[int, ...]
-    batch: int
-    sampling: ChosenSampling
-    schedule: Schedule
-    latent_size: tuple[int, int]
-    prompts: Prompts
-    tokens: Tensor
-    surroundings: np.ndarray | None
-    latents: Tensor | None
-    background_latents: Tensor | None
-    background_noise: Tensor | None
-    segment: Callable[[Any], MaskResult]
-    output_type: str
-    callback: StepCallback | None
-    on_fault: Callable[[Fault], None] | None
-    progress: bool
-    recipe: dict[str, Any]
-
-
-def check(
-    run: Run,
-    n: int | Sequence[int] | None,
-    seeds: int | Sequence[int] | None,
-    sampling: Sampling,
-    *,
-    batch: int | None,
-    prompts: Prompts | tuple[str, str] | None,
-    background: Background | None,
-    latents: Tensor | None,
-    background_latents: Tensor | None,
-    background_noise: Tensor | None,
-    segmenter: str | Path | None,
-    output_type: str,
-    callback: StepCallback | None,
-    on_fault: Callable[[Fault], None] | None,
-    resume: Resumed | None,
-    progress: bool,
-) -> Request:
-    """Check everything once, before anything is computed. Raises SettingsError, SegmenterError."""
-    with_background = background is not None or background_latents is not None
-    _check_background(run, with_background, background_noise)
-    chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
-    size = _latent_size(chosen, run.pixels_per_latent)
-    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps)
-    latents = tensor_of("latents", latents, ("n", 2, 4, *size))
-    background_latents = tensor_of("background_latents", background_latents, (2, 4, *size))
-    noise_shape = (schedule.calls, 2, 4, *size)
-    background_noise = tensor_of("background_noise", background_noise, noise_shape)
-    pairs = seeds_of(n, seeds, None if latents is None else len(latents))
-    batch = batch_of(batch, run.max_batch, len(pairs))
-    surroundings, record = None, None
-    if with_background:
-        surroundings, record = _surroundings(
-            background, chosen, background_latents, background_noise
-        )
-    parsed = Prompts.of(prompts)
-    given = {"latents": latents, "background_latents": background_latents}
-    recipe = describe(
-        run.facts,
-        chosen,
-        parsed,
-        record,
-        [name for name, tensor in given.items() if tensor is not None],
-        str(segmenter) if segmenter else None,
-    )
-    if resume is not None:
-        if latents is not None:
-            raise SettingsError("given latents cannot be continued: leave out latents or resume")
-        free = seeds is None and not isinstance(n, Sequence)
-        pairs = tuple(resume.missing(recipe, pairs, free))
-    return Request(
-        seeds=pairs,
-        batch=batch,
-        sampling=chosen,
-        schedule=schedule,
-        latent_size=size,
-        prompts=parsed,
-        tokens=run.text_encoder.tokenize_pair(parsed),
-        surroundings=surroundings,
-        latents=latents,
-        background_latents=background_latents,
-        background_noise=background_noise,
-        segment=Segmenter(segmenter) if segmenter else extract_mask,
-        output_type=check_output_type(output_type),
-        callback=callback,
-        on_fault=on_fault,
-        progress=progress,
-        recipe=recipe,
-    )
+    def half(self) -> Batch:
+        """The first half, as before it was drawn."""
+        pairs = len(self.noise) // 2
+        # a pair's generators have drawn: its seed starts again
+        seeds = [generator.initial_seed() for generator in self.generators[:pairs]]
+        again = [torch.Generator().manual_seed(seed) for seed in seeds]
+        draw_latents(again, *self.noise.shape[-2:])
+        bank = self.bank.first(pairs) if isinstance(self.bank, BankOfEach) else self.bank
+        placed = self.placed.first(pairs) if self.placed else None
+        return Batch(self.noise[:pairs], again, bank, placed)
 
 
 @torch.inference_mode()
@@ -207,45 +74,152 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
 
     Raises:
         PairError: A pair cannot be used.
-        OutOfMemoryError: Not even one pair fits.
+        OutOfMemoryError: Not even one pair fits, to be drawn or to be decoded.
         SettingsError: The adapter was switched, or the engine is in use by another caller.
     """
-    if not request.seeds or run.interrupted():
+    if not request.pairs or run.interrupted():
         return
+    encoded = PictureLatents(run.vae)
     with _networks(run):
-        text = _text(run, request)
-        bank = _background(run, request)
-    start, total = 0, request.schedule.calls * len(request.seeds)
+        text = _with_room(run, "while the prompts are encoded", lambda: _text(run, request))
+    draws = [Draw(number, seed) for number, seed in request.pairs]
+    total = request.schedule.calls * len(draws)
     with tqdm(total=total, disable=not request.progress, unit="call", file=Stderr()) as bar:
-        while start < len(request.seeds):
-            _check_active(run)
-            with _networks(run):
-                batch = run.batches.next(min(request.batch, len(request.seeds) - start))
-                noise, generators = _noise(request, start, batch)
-                drawn = _denoise(run, request, text, bank, noise, generators, bar)
+        road = _Road(run, request, encoded, text, bar)
+        while draws:
+            drawn = road.drawn(draws)
             if drawn is None:
                 return
-            for seed, latents, bad_step in zip(request.seeds[start:], *drawn, strict=False):
-                yield from _finished(run, request, seed, latents, bad_step)
-            start += len(drawn[0])
+            draws = draws[len(drawn) :]
+            if request.acceptance is None:
+                for one in drawn:
+                    yield from road.finished(one)
+            else:
+                yield from _accepted(road, drawn, request.acceptance.attempts)
 
 
-def _finished(
-    run: Run, request: Request, seed: int, latents: Tensor, bad_step: int
-) -> Iterator[Pair]:
-    """The decoded pair with its mask; nothing, after `on_fault`, when it cannot be used."""
-    fault = faults.of_latents(bad_step, run.dtype)
-    if fault is None:
-        with _networks(run):
-            image, anomaly = decode(run.vae, latents)
-        fault = faults.of_pictures(image, anomaly)
-    if fault is None:
-        mask = request.segment(to_uint8(anomaly))
-        yield _pair(request, seed, image, anomaly, mask)
-    elif request.on_fault is None:
-        raise PairError(seed, fault)
-    else:
-        request.on_fault(Fault(seed, fault, {**request.recipe, "seed": seed}))
+@dataclass(frozen=True)
+class Draw:
+    """A pair to draw: its number among those asked for, its seed, and the attempt, from 0."""
+
+    number: int
+    seed: int
+    attempt: int = 0
+
+    @property
+    def noise_seed(self) -> int:
+        return attempt_seed(self.seed, self.attempt)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Clean latents [2, 4, h, w] of a pair, its first bad step or -1, and what it is drawn on."""
+
+    draw: Draw
+    latents: Tensor
+    bad_step: int
+    canvas: Canvas | None
+
+
+@dataclass(frozen=True)
+class _Road:
+    """What the stages of a run share. encoded: normal pictures; text: of the prompts."""
+
+    run: Run
+    request: Request
+    encoded: PictureLatents
+    text: Sequence[Tensor]
+    bar: tqdm[Any]
+
+    def drawn(self, draws: Sequence[Draw]) -> list[Drawn] | None:
+        """As many of the first pairs as fit into a batch; None when interrupted."""
+        _check_active(self.run)
+        with _networks(self.run):
+            count = self.run.batches.next(min(self.request.batch, len(draws)))
+            batch = _with_room(
+                self.run,
+                "while the background is encoded",
+                partial(_batch, self.run, self.request, self.encoded, draws[:count]),
+            )
+            result = _denoise(self.run, self.request, self.text, batch, self.bar)
+        if result is None:
+            return None
+        canvases = batch.placed.canvases if batch.placed else (None,) * count
+        # a batch that did not fit is shorter
+        return [Drawn(*one) for one in zip(draws, *result, canvases, strict=False)]
+
+    def finished(self, drawn: Drawn) -> Iterator[Pair]:
+        """The decoded pair with its mask; nothing, after `on_fault`, when it cannot be used."""
+        run, request, canvas = self.run, self.request, drawn.canvas
+        fault = faults.of_latents(drawn.bad_step, run.dtype)
+        if fault is None:
+            doing = "while a pair is decoded"
+            with _networks(run):
+                image, anomaly = _with_room(run, doing, lambda: decode(run.vae, drawn.latents))
+                normal = None
+                if canvas is not None:
+                    rebuilt = partial(self.encoded.rebuilt, canvas.pixels)
+                    normal = _with_room(run, doing, rebuilt)
+            fault = faults.of_pictures(image, anomaly)
+        if fault is None:
+            yield _pair(request, drawn, image, anomaly, normal)
+        elif drawn.draw.attempt:
+            # an earlier attempt can be used
+            return
+        elif request.on_fault is None:
+            raise PairError(drawn.draw.seed, fault)
+        else:
+            recipe = request.recipe(drawn.draw.number)
+            seed = drawn.draw.seed
+            request.on_fault(Fault(seed, fault, {**recipe, "seed": seed}))
+
+
+def _accepted(road: _Road, drawn: list[Drawn], attempts: int) -> Iterator[Pair]:
+    """The pairs of a batch in order, those drawn again whose scores miss a bound.
+
+    Of a pair that misses bounds in every attempt the one that misses fewest is taken.
+    """
+    numbers: list[int] = [one.draw.number for one in drawn]
+    best: dict[int, Pair] = {}
+    while drawn:
+        again = []
+        for one in drawn:
+            for pair in road.finished(one):
+                known = best.setdefault(one.draw.number, pair)
+                if len(pair.missed) < len(known.missed):
+                    best[one.draw.number] = pair
+            if one.draw.number in best and best[one.draw.number].missed:
+                again.append(replace(one.draw, attempt=one.draw.attempt + 1))
+        drawn = []
+        if again and again[0].attempt < attempts:
+            road.bar.total += road.request.schedule.calls * len(again)
+            while len(drawn) < len(again):
+                more = road.drawn(again[len(drawn) :])
+                if more is None:
+                    # interrupted: what was good before is finished
+                    yield from (best[n] for n in numbers if n in best and not best[n].missed)
+                    return
+                drawn += more
+    yield from (best[n] for n in numbers if n in best)
+
+
+def _with_room(run: Run, doing: str, call: Callable[[], T]) -> T:
+    """Make a call that has no batch to halve; returns its result.
+
+    When memory runs out, what earlier calls left behind is freed: kept shares, and the blocks of
+    larger batches. Then the call is made once more. Raises OutOfMemoryError.
+    """
+    try:
+        return call()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # outside the handler, so that the failed call's tensors are gone
+    run.batches.freed(doing)
+    run.banks.release()
+    release_memory(run.device)
+    with enough_memory(doing, SMALLER):
+        return call()
 
 
 @contextmanager
@@ -262,65 +236,62 @@ def _text(run: Run, request: Request) -> list[Tensor]:
     return run.denoiser.text_inputs(context.to(run.device, run.dtype))
 
 
-def _surroundings(
-    background: Background | None,
-    sampling: ChosenSampling,
-    latents: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Pixels of the background, if it is encoded, and its part of the recipe."""
-    pixels = None
-    if background is not None and latents is None:
-        pixels = cut_out(background, sampling.height, sampling.width)
-    return pixels, record_of(background or Background(None), pixels, noise)
-
-
-def _background(run: Run, request: Request) -> BackgroundBank | None:
-    """What the image branch reads of the background, call by call."""
-    record = request.recipe["background"]
-    if record is None:
+def _bank(
+    run: Run, request: Request, encoded: PictureLatents, numbers: Sequence[int]
+) -> Bank | None:
+    """What the image branch reads of the backgrounds of these pairs, call by call."""
+    if not request.surroundings:
         return None
-    return run.banks.open(
-        record,
-        request.surroundings,
-        request.background_latents,
-        request.background_noise,
-        shape=(request.sampling.rows, 4, *request.latent_size),
-        prompts=request.prompts,
-        vae=run.vae,
-        make_noiser=run.make_noiser,
-        device=run.device,
-    )
+
+    def opened(surroundings: Surroundings) -> backgrounds.BackgroundBank:
+        return run.banks.open(
+            surroundings.record,
+            surroundings.pixels,
+            request.given.background_latents,
+            request.given.background_noise,
+            shape=(request.sampling.rows, 4, *request.latent_size),
+            prompts=request.prompts,
+            encoded=encoded,
+            make_noiser=run.make_noiser,
+            device=run.device,
+        )
+
+    if len(request.surroundings) == 1:
+        return opened(request.surroundings[0])
+    own = [request.surroundings[number] for number in numbers]
+    # equal backgrounds are one
+    banks = {tuple(each.record.values()): each for each in own}
+    open_banks = {key: opened(each) for key, each in banks.items()}
+    return BankOfEach([open_banks[tuple(each.record.values())] for each in own])
 
 
-def _noise(request: Request, start: int, batch: int) -> tuple[Tensor, list[torch.Generator]]:
-    """Latents [B, 2, 4, h, w] of a batch from a pair on, and its pairs' generators."""
-    seeds = request.seeds[start : start + batch]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+def _batch(run: Run, request: Request, encoded: PictureLatents, draws: Sequence[Draw]) -> Batch:
+    numbers = [draw.number for draw in draws]
+    generators = [torch.Generator().manual_seed(draw.noise_seed) for draw in draws]
     # drawn in any case: the generators go on to the scheduler's own noise
-    latents = draw_latents(generators, *request.latent_size)
-    if request.latents is not None:
-        latents = request.latents[start : start + len(seeds)]
-    return latents, generators
+    noise = draw_latents(generators, *request.latent_size)
+    if request.given.latents is not None:
+        noise = request.given.latents[numbers]
+    placed = None
+    if request.canvases is not None:
+        # the region stays that of the pair in every attempt
+        canvases = [request.canvases.canvas(draw.number, draw.seed) for draw in draws]
+        placed = Placed.of(canvases, encoded, run.vae.config.scaling_factor, run.device)
+    bank = _bank(run, request, encoded, numbers)
+    return Batch(noise.to(run.device), generators, bank, placed)
 
 
 def _denoise(
-    run: Run,
-    request: Request,
-    text: Sequence[Tensor],
-    bank: BackgroundBank | None,
-    noise: Tensor,
-    generators: Sequence[torch.Generator],
-    bar: tqdm[Any],
+    run: Run, request: Request, text: Sequence[Tensor], batch: Batch, bar: tqdm[Any]
 ) -> tuple[Tensor, list[int]] | None:
     """Clean latents [B, 2, 4, h, w] and the first bad step of each pair; None when interrupted.
 
     A batch that does not fit gives those of its first half.
     """
-    watch, before = FiniteWatch(), bar.n
+    watch, before, pairs = FiniteWatch(), bar.n, len(batch.noise)
 
     def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor | None:
-        bar.update(len(noise))
+        bar.update(pairs)
         if request.callback is not None:
             latents = _changed(request.callback(step, timestep, {"latents": latents}), latents)
         watch.look(step, latents)
@@ -331,27 +302,25 @@ def _denoise(
             run.denoiser,
             run.ops,
             request.schedule.fresh(),
-            noise.to(run.device),
+            batch.noise,
             text,
             request.sampling,
-            generators,
-            bank,
+            batch.generators,
+            batch.bank,
             step_end,
+            batch.placed.blend(batch.noise, request.levels) if batch.placed else None,
         )
-    except (RuntimeError, MemoryError, OSError, ValueError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
+        message = str(error)
     else:
         run.batches.fitted()
         return None if clean is None else (clean, watch.first_bad())
     # outside the handler, so that the failed batch's tensors are gone
     bar.update(before - bar.n)
-    half = run.batches.failed(len(noise))
-    # a pair's generators have drawn: its seed starts again
-    seeds = [generator.initial_seed() for generator in generators[:half]]
-    again = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draw_latents(again, *request.latent_size)
-    return _denoise(run, request, text, bank, noise[:half], again, bar)
+    run.batches.failed(pairs, message)
+    return _denoise(run, request, text, batch.half(), bar)
 
 
 def _changed(returned: Any, latents: Tensor) -> Tensor:
@@ -368,20 +337,41 @@ def _changed(returned: Any, latents: Tensor) -> Tensor:
     return changed.to(latents)
 
 
-def _pair(request: Request, seed: int, image: Tensor, anomaly: Tensor, result: MaskResult) -> Pair:
-    mask = {
-        "threshold": float(result.threshold),
-        "area": float(result.area),
-        "empty": bool(result.empty),
+def _pair(
+    request: Request, drawn: Drawn, image: Tensor, anomaly: Tensor, normal: Tensor | None
+) -> Pair:
+    """normal: the normal picture as the VAE rebuilds it, [3, H, W], where there is one."""
+    canvas, change, statistics = drawn.canvas, None, None
+    if canvas is not None and normal is not None:
+        image, anomaly = canvas.paste(image, anomaly)
+        normal, _ = canvas.paste(normal, normal)
+        change = np.abs(to_uint8(image).astype(np.int16) - to_uint8(normal)).astype(np.uint8)
+        statistics = canvas.statistics
+    result = cut_to_change(request.segment(to_uint8(anomaly)), change, request.mask)
+    scores = scores_of(to_uint8(image), to_uint8(anomaly), result.mask, change, statistics)
+    missed = request.acceptance.missed(scores) if request.acceptance else ()
+    recipe = {
+        **request.recipe(drawn.draw.number),
+        "seed": drawn.draw.seed,
+        "attempt": drawn.draw.attempt,
+        "mask": {
+            "threshold": float(result.threshold),
+            "area": float(result.area),
+            "empty": bool(result.empty),
+        },
     }
     return Pair(
         image=present(image, request.output_type),
         anomaly=present(anomaly, request.output_type),
         mask=present_mask(result.mask, request.output_type),
-        seed=seed,
+        seed=drawn.draw.seed,
         empty_mask=bool(result.empty),
         full_mask=bool(np.all(result.mask > 0)),
-        recipe={**request.recipe, "seed": seed, "mask": mask},
+        recipe=recipe,
+        region=None if canvas is None else present_mask(canvas.mask, request.output_type),
+        scores=scores,
+        accepted=None if request.acceptance is None else not missed,
+        missed=missed,
     )
 
 
@@ -391,44 +381,3 @@ def _check_active(run: Run) -> None:
             f"the stream draws with {run.adapter!r}, which is no longer active: finish or "
             "close a stream before switching adapters"
         )
-
-
-def _latent_size(sampling: ChosenSampling, step: int) -> tuple[int, int]:
-    """(height, width) of the latents; step: pixels per latent."""
-    if sampling.height % step or sampling.width % step:
-        raise SettingsError(f"height and width must be multiples of {step} for this VAE")
-    return sampling.height // step, sampling.width // step
-
-
-def tensor_of(name: str, value: Tensor | None, shape: tuple[int | str, ...]) -> Tensor | None:
-    """An override, if there is one, as fp32 on the CPU; letters in `shape` stand for any size."""
-    if value is None:
-        return None
-    fits = (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.dim() == len(shape)
-        and all(
-            isinstance(want, str) or want == have
-            for want, have in zip(shape, value.shape, strict=True)
-        )
-    )
-    if not fits:
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise SettingsError(f"{name} must be a floating-point tensor {list(shape)}, got {got}")
-    own = value.detach().float().cpu()
-    if not bool(torch.isfinite(own).all()):
-        raise SettingsError(f"{name} holds NaN or infinity: pass finite numbers")
-    return own
-
-
-def _check_background(run: Run, given: bool, noise: Tensor | None) -> None:
-    """A background exactly where the adapter was trained with one. Raises SettingsError."""
-    if given and not run.trained_background:
-        raise SettingsError(f"adapter {run.adapter!r} was trained without background: leave it out")
-    if run.trained_background and not given:
-        raise SettingsError(
-            f"adapter {run.adapter!r} was trained with background: pass background=Background(…)"
-        )
-    if noise is not None and not given:
-        raise SettingsError("background_noise needs a background")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dualdiff_engine.adapters.files import not_finite
 from dualdiff_engine.errors import OutputError, SettingsError, TrainingError
-from dualdiff_engine.files import written_whole
+from dualdiff_engine.files import sha256_of_tensors, written_whole
 from dualdiff_engine.settings import BRANCHES
 
 STATE = "training_state.safetensors"
@@ -128,12 +128,8 @@ def _tensors(
 
 def _checksum(content: Mapping[str, Tensor], run: Mapping[str, Any]) -> str:
     """Of names, dtypes, shapes and bytes of all tensors, and of the run."""
-    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode())
-    for name in sorted(content):
-        tensor = content[name]
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    about = json.dumps(run, sort_keys=True)
+    return hashlib.sha256(f"{about}\n{sha256_of_tensors(content)}".encode()).hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,7 +3,7 @@
 //     step GRAPH INPUTS NOISE.npy
 //
 // GRAPH: a bundle, or a denoiser's .onnx file. INPUTS: a folder with NAME.npy for every input of
-// the graph. What the arrays hold: README.md beside this file.
+// the graph. What the arrays hold: README.md next to this file.
 
 #include <onnxruntime_c_api.h>
 
@@ -64,10 +64,12 @@ std::string text(const Shape& shape, const std::vector<std::string>& names = {})
 
 std::string field(const std::string& header, const std::string& name, const fs::path& path) {
     const size_t key = header.find("'" + name + "':");
-    if (key == std::string::npos) throw Error(path.string() + ": its header lacks " + name);
+    if (key == std::string::npos) throw Error(path.string() + ": its header has no " + name);
     const size_t begin = header.find_first_not_of(' ', key + name.size() + 3);
     const size_t end = header.find_first_of(name == "shape" ? ")" : ",", begin);
-    if (end == std::string::npos) throw Error(path.string() + " garbles its " + name);
+    if (end == std::string::npos) {
+        throw Error(path.string() + ": the " + name + " in its header is damaged");
+    }
     return header.substr(begin, end - begin);
 }
 
@@ -81,7 +83,7 @@ std::string npy_header(std::ifstream& file, const fs::path& path) {
     const auto byte = [&](int i) { return static_cast<unsigned char>(start[i]); };
     std::string header(byte(8) + 256 * byte(9), ' ');
     file.read(header.data(), static_cast<std::streamsize>(header.size()));
-    if (!file) throw Error(path.string() + " ends within its header: write it again");
+    if (!file) throw Error(path.string() + " ends inside its header: write it again");
     return header;
 }
 
@@ -109,8 +111,8 @@ Array read_npy(const fs::path& path) {
     const size_t begin = static_cast<size_t>(file.tellg());
     const size_t bytes = count(array.shape) * array.kind.bytes;
     if (fs::file_size(path) - begin != bytes) {
-        throw Error(path.string() + " is not as long as its shape " + text(array.shape) +
-                    " says: write it again");
+        throw Error(path.string() + " does not have the length of its shape " + text(array.shape) +
+                    ": write it again");
     }
     array.data.resize(bytes);
     file.read(array.data.data(), static_cast<std::streamsize>(bytes));
@@ -140,16 +142,16 @@ const OrtApi& api() {
     static const OrtApi* found = OrtGetApiBase()->GetApi(ORT_API_VERSION);
     if (found == nullptr) {
         throw Error("ONNX Runtime " + std::string(OrtGetApiBase()->GetVersionString()) +
-                    " is older than the headers this was compiled with");
+                    " is older than the headers of this program: install a newer one");
     }
     return *found;
 }
 
 void check(OrtStatus* status) {
     if (status == nullptr) return;
-    const std::string said = api().GetErrorMessage(status);
+    const std::string message = api().GetErrorMessage(status);
     api().ReleaseStatus(status);
-    throw Error("ONNX Runtime: " + said);
+    throw Error("ONNX Runtime: " + message);
 }
 
 template <class T>
@@ -172,7 +174,7 @@ class Session {
         OrtSessionOptions* made = nullptr;
         check(api().CreateSessionOptions(&made));
         const Owned<OrtSessionOptions> options(made, api().ReleaseSessionOptions);
-        // by path: the weights lie in files beside the graph
+        // by path: the weights are in files next to the graph
         OrtSession* session = nullptr;
         check(api().CreateSession(env, graph.c_str(), options.get(), &session));
         session_.reset(session);
@@ -225,7 +227,7 @@ class Session {
         const Owned<OrtTypeInfo> info(made, api().ReleaseTypeInfo);
         const OrtTensorTypeAndShapeInfo* tensor = nullptr;
         check(api().CastTypeInfoToTensorInfo(info.get(), &tensor));
-        if (tensor == nullptr) throw Error("input " + found.name + " of the graph is no tensor");
+        if (tensor == nullptr) throw Error("input " + found.name + " of the graph is not a tensor");
         check(api().GetTensorElementType(tensor, &found.type));
         size_t rank = 0;
         check(api().GetDimensionsCount(tensor, &rank));
@@ -267,7 +269,7 @@ fs::path denoiser_of(const fs::path& graph) {
     for (const char* name : {"denoiser.onnx", "denoiser_background.onnx"}) {
         if (fs::exists(graph / name)) return graph / name;
     }
-    throw Error(graph.string() + " holds no denoiser: make it with `dualdiff export bundle`");
+    throw Error(graph.string() + " has no denoiser graph: create it with `dualdiff export bundle`");
 }
 
 Array load(const fs::path& folder, const Input& input) {
@@ -278,11 +280,12 @@ Array load(const fs::path& folder, const Input& input) {
         fits = input.shape[i] < 0 ? array.shape[i] > 0 : array.shape[i] == input.shape[i];
     }
     if (!fits) {
-        throw Error(path.string() + " is " + text(array.shape) + ", the graph takes " +
+        throw Error(path.string() + " has shape " + text(array.shape) + ", but the graph expects " +
                     text(input.shape, input.axes));
     }
     if (array.kind.type != input.type) {
-        throw Error(path.string() + " is " + array.kind.descr + ", the graph takes another type");
+        throw Error(path.string() + " has type " + array.kind.descr +
+                    ", but the graph expects another type");
     }
     return array;
 }

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 ARTEFACT_FORMAT = 1
 # attention is one operator since 23; 18 is the oldest that torch.onnx writes
 OPSETS = (18, 19, 20, 21, 22, 23)
+PRECISIONS = ("float32", "float16", "bfloat16")
 # the folder of folded adapters, next to the graphs
 ADAPTERS = "adapters"
-# what makes a folder a bundle
 # the layout of inputs and outputs in words, for readers of the file without our code
 LAYOUTS = {
     "denoiser": "latents [branch, batch, 4, h, w]; context [branch, row, token, width]; noise "
@@ -55,7 +55,8 @@ class AdapterOrigin:
 class Artefact:
     """The metadata of one graph.
 
-    height, width: latent size, an example where `dynamic_size`. transposed: weights stored with
+    height, width: latent size, an example where `dynamic_size`. tokens: the length to which prompts
+    are padded; exports by the first releases do not say. transposed: weights stored with
     their last two axes exchanged. adapter_weights: those that another adapter replaces, under the
     same names. adapter: the one whose tensors lie next to the graph. versions: of the packages
     that wrote it.
@@ -76,7 +77,13 @@ class Artefact:
     versions: Mapping[str, str]
     transposed: list[str] = field(default_factory=list)
     adapter_weights: list[str] = field(default_factory=list)
+    tokens: int | None = None
     format: int = ARTEFACT_FORMAT
+
+    @property
+    def of_network(self) -> bool:
+        """Whether it is a call of the UNet, whose precision is chosen; the others are float32."""
+        return self.graph in ("denoiser", "denoiser_background", "background_encoder")
 
     def write_into(self, model: ir.Model) -> None:
         for name, value in asdict(self).items():
@@ -97,6 +104,7 @@ class Artefact:
             values["base"] = BaseOrigin(**values["base"])
             values["adapter"] = AdapterOrigin(**values["adapter"])
             artefact = cls(**values)
+            artefact._check_values()
         except (TypeError, ValueError, KeyError) as error:
             raise BackendError(
                 f"{path} has no valid metadata of `dualdiff export onnx` ({error}): export the "
@@ -110,6 +118,24 @@ class Artefact:
         artefact._check_opset(path, model)
         return artefact, model
 
+    def _check_values(self) -> None:
+        """Bounds of what somebody else may have written. Raises ValueError naming the field."""
+        sizes = {"height": 1024, "width": 1024, "max_batch": 4096, "tokens": 4096, "opset": 1000}
+        texts = (self.base.source, self.base.sha256, self.adapter.name, self.adapter.sha256)
+        names = [*self.transposed, *self.adapter_weights]
+        fits = {
+            **{name: _whole(getattr(self, name), most) for name, most in sizes.items()},
+            "tokens": self.tokens is None or _whole(self.tokens, sizes["tokens"]),
+            "precision": self.precision in PRECISIONS,
+            "dynamic_size": type(self.dynamic_size) is bool,
+            "scaling_factor": type(self.scaling_factor) is float and 0 < self.scaling_factor < 1e3,
+            "base or adapter": all(isinstance(text, str) for text in (*texts, self.graph)),
+            "transposed or adapter_weights": all(isinstance(name, str) for name in names),
+            "scheduler": isinstance(self.scheduler, dict),
+        }
+        if wrong := [name for name, fit in fits.items() if not fit]:
+            raise ValueError(f"{wrong[0]} has an invalid value")
+
     def _check_opset(self, path: Path, model: onnx.ModelProto) -> None:
         found = {opset.domain: opset.version for opset in model.opset_import}.get("")
         if found != self.opset or found not in OPSETS:
@@ -117,6 +143,10 @@ class Artefact:
                 f"{path} has opset {found}, its metadata say {self.opset} (supported: "
                 f"{OPSETS[0]} to {OPSETS[-1]}): it was converted; export again"
             )
+
+
+def _whole(value: object, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
 
 
 def read_artefacts(folder: Path) -> dict[str, Artefact]:

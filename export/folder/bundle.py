@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import dualdiff_engine
-from dualdiff_engine.base_model import BUNDLE
+from dualdiff_engine.base_model import BUNDLE, blamed_on, first_line
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.export.folder.artefact import ADAPTERS, read_artefacts
 from dualdiff_engine.export.folder.folded import read_adapters
 from dualdiff_engine.export.graph import exchange_operator as exchange
 from dualdiff_engine.export.graph import write
+from dualdiff_engine.export.graph.probe import PROMPTS
 from dualdiff_engine.export.graph.validate import REPORT
 from dualdiff_engine.export.graph.write import Exporter, ExportOptions
+from dualdiff_engine.export.run.bundle_parts import BundledBase
 from dualdiff_engine.export.trt import engine_file
 from dualdiff_engine.files import sha256_of
 
 BUNDLE_FORMAT = 1
 # what a tokenizer, scheduler or network is configured by
 _CONFIGS = ("tokenizer/*", "scheduler/*.json", "unet/config.json", "vae/config.json")
+# of a bundle.json: a large one has a hundred files
+_MOST_BYTES = 16 << 20
+_AGAIN = "copy the whole {} again, or write it again with `dualdiff export {}`"
+# what readers of a bundle.json take from it, next to "files"
+_FIELDS = {"first": str, "adapters": dict, "base": dict, "max_batch": int}
 Say = Callable[[str], None]
 
 
@@ -69,7 +77,21 @@ def write_bundle(
             engine.set_adapter(first)
             write.write_folder(engine, folder, options or ExportOptions(), say)
             _copy_configs(engine.base.folder, folder)
+            _check_tokens(engine, folder)
         return write_manifest(folder, first)
+
+
+def _check_tokens(engine: Engine, folder: Path) -> None:
+    """The bundle's own tokenizer, against the base's. Raises BackendError."""
+    bundled = BundledBase(folder, read_artefacts(folder)).load_tokenizer()
+    for prompt in PROMPTS:
+        expected = engine.text_encoder.tokenize([prompt])
+        found = bundled(prompt, padding="max_length", max_length=expected.shape[1]).input_ids
+        if bundled.model_max_length != expected.shape[1] or [found] != expected.tolist():
+            raise BackendError(
+                f"the bundle's tokenizer reads {prompt!r} in another way than the base model's: "
+                "the bundle was not kept; please report this"
+            )
 
 
 def _copy_configs(base: Path, folder: Path) -> None:
@@ -106,9 +128,13 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
         "base": asdict(one.base),
         "first": first,
         "adapters": {
-            name: {key: getattr(adapter.summary, key) for key in ("sha256", "background", "rank")}
+            name: {
+                **{key: getattr(adapter.summary, key) for key in ("sha256", "background", "rank")},
+                "prompts": asdict(adapter.prompts),
+            }
             for name, adapter in adapters.items()
         },
+        "text_length": one.tokens,
         "precision": one.precision,
         "opset": one.opset,
         "latent_size": [one.height, one.width],
@@ -120,10 +146,20 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
     return manifest
 
 
+def intact(folder: Path, kind: str = "bundle") -> AbstractContextManager[None]:
+    """Within the block, what a damaged file makes a library raise becomes one BackendError."""
+    return blamed_on(
+        folder, _AGAIN.format(kind, "bundle" if kind == "bundle" else "onnx"), BackendError
+    )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises BackendError when there is none, or it is of another release."""
     path = folder / BUNDLE
     try:
+        # not a pipe, which would wait for ever
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{BUNDLE} is missing or not a manifest")
         manifest = json.loads(path.read_text("utf-8"))
         if manifest["format"] != BUNDLE_FORMAT:
             raise BackendError(
@@ -134,23 +170,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for name, about in manifest["files"].items():
             if not isinstance(about["bytes"], int) or not isinstance(about["sha256"], str):
                 raise TypeError(name)
-        if not {"first", "adapters", "base"} <= manifest.keys():
-            raise KeyError("first, adapters or base")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, kind in _FIELDS.items():
+            if not isinstance(manifest[name], kind):
+                raise TypeError(name)
+        known = manifest["adapters"]
+        if not all(isinstance(about["background"], bool) for about in known.values()):
+            raise TypeError("adapters")
+        if manifest["first"] not in known:
+            raise KeyError(manifest["first"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BackendError(
-            f"Invalid bundle: {folder} ({error!r}); recreate it with `dualdiff export bundle`"
+            f"Invalid bundle: {folder} ({type(error).__name__}: {first_line(error)}); recreate it "
+            "with `dualdiff export bundle`"
         ) from error
     return dict(manifest)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> int:
-    """Check that every file is there, by its size or by its hash. Returns their number.
+    """Check that every file is there and unchanged. Returns their number.
 
+    hashes: also those of weights; of other files, which are small, they are always compared. A file
+    may be a symbolic link: stores and mounted volumes are made of them.
     Raises BackendError naming the first that is not.
     """
     for name, about in manifest["files"].items():
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise BackendError(
                 f"{folder}/{BUNDLE} lists {name!r} outside the bundle folder: do not use this "
                 "bundle"
@@ -158,7 +203,9 @@ def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> int:
         if not path.is_file():
             raise BackendError(f"{folder} has no {name}: copy the whole bundle again")
         changed = path.stat().st_size != about["bytes"]
-        if changed or (hashes and sha256_of(path) != about["sha256"]):
+        if not changed and (hashes or path.suffix != ".safetensors"):
+            changed = sha256_of(path) != about["sha256"]
+        if changed:
             raise BackendError(
                 f"{path} differs from the file that the bundle was written with: copy the bundle "
                 "again"

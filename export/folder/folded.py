@@ -13,14 +13,17 @@ from torch import Tensor
 
 from dualdiff_engine.adapters import AdapterSummary
 from dualdiff_engine.adapters.fold import Resident
-from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.base_model import BaseModel, read_json
 from dualdiff_engine.engine import Engine
-from dualdiff_engine.errors import BackendError
+from dualdiff_engine.errors import BackendError, DualDiffError
 from dualdiff_engine.export.folder import weight_files
 from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact, BaseOrigin
 from dualdiff_engine.pipeline.text import TextEncoder
+from dualdiff_engine.settings import Prompts
 
 PROBE = ".probe.safetensors"
+# of a training run, next to its adapter
+RECORD = "training.json"
 
 
 def stored(tensor: Tensor, transposed: bool) -> Tensor:
@@ -48,6 +51,21 @@ def base_origin(base: BaseModel) -> BaseOrigin:
     return BaseOrigin(source, base.sha256)
 
 
+def trained_prompts(adapter: Path, sha256: str) -> Prompts:
+    """What `dualdiff train` recorded next to an adapter file, or the released prompts."""
+    path = adapter.parent / RECORD
+    try:
+        # an adapter that was handed in as tensors has no file
+        record = read_json(path) if adapter.name and path.is_file() else {}
+        if record["adapter"]["sha256"] == sha256:
+            options = record["options"]
+            return Prompts(options["image_prompt"], options["anomaly_prompt"])
+    except (DualDiffError, KeyError, TypeError):
+        # of another program, or of another adapter
+        pass
+    return Prompts()
+
+
 def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) -> None:
     """Write the engine's active adapter as the initializers of `graphs`, all of its tensors."""
     adapter, encoder = engine.active, engine.text_encoder
@@ -62,7 +80,9 @@ def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) ->
     for name in text:
         tensors[name] = stored(adapter.text.get(name, base[name]).float(), name in transposed)
     summary = {**asdict(adapter.summary), "file": Path(adapter.summary.file).name}
+    prompts = trained_prompts(Path(adapter.summary.file), adapter.summary.sha256)
     metadata = {
+        "prompts": asdict(prompts),
         "name": engine.active_adapter,
         "summary": summary,
         "base": asdict(base_origin(engine.base)),
@@ -113,6 +133,8 @@ def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resid
         name, text = str(metadata["name"]), set(metadata["text"])
         summary = AdapterSummary(**metadata["summary"])
         transposed = set(metadata["transposed"])
+        # exports by the first releases do not say
+        prompts = Prompts(**metadata.get("prompts", {}))
         claims = {
             "base model": (str(metadata["base"]["sha256"]), one.base.sha256),
             "precision": (str(metadata["precision"]), one.precision),
@@ -130,7 +152,7 @@ def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resid
             )
     _check_complete(path, summary.background, set(places), graphs)
     sites = FoldedTensors(path, [n for n in places if n not in text], transposed)
-    return name, Resident(summary, sites, FoldedTensors(path, sorted(text), transposed))
+    return name, Resident(summary, sites, FoldedTensors(path, sorted(text), transposed), prompts)
 
 
 def _check_complete(

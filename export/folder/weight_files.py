@@ -40,6 +40,8 @@ _BYTES: dict[int, int] = {
     TensorProto.UINT8: 1,
     TensorProto.BOOL: 1,
 }
+# as ONNX Runtime has it: files may be links into one other folder, not into many
+_OWN_LINKS = "; if its links are your own, copy the folder with `cp -rL` and use the copy"
 _USE_INTACT = "use an intact copy or export it again"
 
 
@@ -92,6 +94,7 @@ def places(path: Path) -> dict[str, Place]:
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
+    _require_file(path)
     try:
         # the library checks the header and that the file is as long as it says
         with safe_open(path, "pt") as file:
@@ -110,12 +113,19 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
     return metadata, found
 
 
+def _require_file(path: Path) -> None:
+    """Not a pipe, which would wait for ever. Raises BackendError."""
+    if not path.is_file():
+        raise BackendError(f"{path} is missing or not a regular file: {_USE_INTACT}")
+
+
 def load_graph(path: Path) -> onnx.ModelProto:
     """Read a graph without its weights, and check where its weights are stored.
 
     Raises BackendError when it is not a valid ONNX file, or when it refers to a path outside its
     folder, to a missing file, or beyond a file's end.
     """
+    _require_file(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except OSError as error:
@@ -154,13 +164,14 @@ def _check_place(graph: Path, tensor: TensorProto) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     name = Path(location)
-    folder = graph.parent.resolve()
-    target = (folder / name).resolve()
     plain = location and not name.is_absolute() and ".." not in name.parts and "\\" not in location
-    if not plain or not target.is_relative_to(folder):
+    # a store keeps the files of a folder in one place, and links to them all
+    folders = graph.parent.resolve(), graph.resolve().parent
+    target = (graph.parent / name).resolve()
+    if not plain or not any(target.is_relative_to(folder) for folder in folders):
         raise BackendError(
             f"{graph} refers to {location!r} outside its folder for the weights of {tensor.name}: "
-            "do not use this file"
+            f"do not use this file{_OWN_LINKS if plain else ''}"
         )
     if not target.is_file():
         raise BackendError(f"{graph} needs {location} next to it: copy both files")

@@ -6,16 +6,31 @@ what is not seen is the rounding of what flows between operators.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
 from safetensors import safe_open
+from torch import Tensor
 
 from dualdiff_engine.export.folder import weight_files
+from dualdiff_engine.export.folder.artefact import Artefact
+from dualdiff_engine.export.run.onnx_session import Session
 
+CPU = torch.device("cpu")
 _WIDE, _HALF = TensorProto.FLOAT, TensorProto.BFLOAT16
+
+
+def cpu_session(path: Path, artefact: Artefact, changed: Mapping[str, Tensor]) -> Session:
+    """A graph on the CPU, which for products in bfloat16 means: widened."""
+    if artefact.precision != "bfloat16" or not artefact.of_network:
+        return Session(path, CPU, changed)
+    with tempfile.TemporaryDirectory(dir=path.parent) as wide:
+        wider = {name: tensor.float() for name, tensor in changed.items()}
+        return Session(widened(path, Path(wide)), CPU, wider)
 
 
 def widened(graph: Path, folder: Path) -> Path:

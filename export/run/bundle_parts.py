@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dualdiff_engine.adapters.format import LowRank
 from dualdiff_engine.base_model import BaseModel, TensorFile, read_json
-from dualdiff_engine.errors import BackendError
+from dualdiff_engine.errors import BackendError, BaseModelError
 from dualdiff_engine.export.folder.artefact import Artefact
-from dualdiff_engine.export.run.denoiser import initializers
+from dualdiff_engine.export.run.denoiser import initializers, only
 from dualdiff_engine.export.run.onnx_session import Session
 from dualdiff_engine.model.config import UNetConfig
 from dualdiff_engine.pipeline.text import TextEncoder
@@ -47,11 +47,15 @@ class BundledBase(BaseModel):
     def __init__(self, folder: Path, graphs: Mapping[str, Artefact]) -> None:
         one = next(iter(graphs.values()))
         self.source, self.folder = one.base.source, folder
-        self.unet_config = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+        path = folder / "unet" / "config.json"
+        try:
+            self.unet_config = UNetConfig.from_dict(read_json(path))
+        except BaseModelError as error:
+            raise BackendError(f"{path}: {error} (copy the whole bundle again)") from error
         # of a size that is fixed, the engine's default must be that one
         self.latent_size = one.height, one.width
         self.unet = NoWeights()
-        self._sha256 = one.base.sha256
+        self._sha256, self._tokens = one.base.sha256, one.tokens
 
     @property
     def sha256(self) -> str:
@@ -60,17 +64,21 @@ class BundledBase(BaseModel):
     def load_tokenizer(self) -> Any:
         from transformers import CLIPTokenizer
 
-        try:
-            return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
-        except (OSError, ValueError, KeyError) as error:
-            raise BackendError(f"{self.folder}/tokenizer cannot be read: {error}") from error
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        # the graphs were traced at this length; the tokenizer's own may have been bounded by a
+        # text encoder's configuration that no bundle holds
+        tokenizer.model_max_length = self._tokens or tokenizer.model_max_length
+        return tokenizer
 
 
 class BundledText(TextEncoder):
     """The exported text encoder, with an adapter's weights in it."""
 
-    def __init__(self, tokenizer: Any, path: Path, about: Artefact, device: torch.device) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, path: Path, about: Artefact, width: int, device: torch.device
+    ) -> None:
+        """width: X of the embeddings [n, L, X] that the denoiser reads."""
+        self.tokenizer, self._width = tokenizer, width
         self._path, self._about, self._device = path, about, device
         self._built: tuple[Mapping[str, Tensor], Session] | None = None
 
@@ -85,8 +93,8 @@ class BundledText(TextEncoder):
         if self._built is None or self._built[0] is not changed:
             values = initializers(changed, self._about)
             self._built = changed, Session(self._path, self._device, values)
-        (hidden,) = self._built[1](input_ids=tokens)
-        return hidden.cpu()
+        outputs = self._built[1](input_ids=tokens)
+        return only(outputs, (*tokens.shape, self._width), self._path).cpu()
 
 
 class BundledVae:
@@ -94,21 +102,28 @@ class BundledVae:
 
     dtype = torch.float32
 
-    def __init__(self, folder: Path, graphs: Mapping[str, Artefact], device: torch.device) -> None:
-        config = read_json(folder / "vae" / "config.json")
-        self.config = SimpleNamespace(
-            scaling_factor=graphs["vae_decoder"].scaling_factor,
-            block_out_channels=list(config["block_out_channels"]),
-        )
+    def __init__(
+        self,
+        folder: Path,
+        graphs: Mapping[str, Artefact],
+        pixels_per_latent: int,
+        device: torch.device,
+    ) -> None:
+        config = SimpleNamespace(scaling_factor=graphs["vae_decoder"].scaling_factor)
+        self.config, self._scale = config, pixels_per_latent
         self.device, self._folder, self._graphs = device, folder, graphs
         self._sessions: dict[str, Session] = {}
 
     def decode(self, latents: Tensor) -> SimpleNamespace:
-        (sample,) = self._session("vae_decoder")(latent_sample=latents.float())
+        count, _, height, width = latents.shape
+        shape = (count, 3, height * self._scale, width * self._scale)
+        sample = self._run("vae_decoder", shape, latent_sample=latents.float())
         return SimpleNamespace(sample=sample)
 
     def encode(self, picture: Tensor) -> SimpleNamespace:
-        (mean,) = self._session("vae_encoder")(sample=picture.float())
+        count, _, height, width = picture.shape
+        shape = (count, 4, height // self._scale, width // self._scale)
+        mean = self._run("vae_encoder", shape, sample=picture.float())
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean))
 
     def to(self, *_: object) -> BundledVae:
@@ -116,9 +131,15 @@ class BundledVae:
         self._sessions.clear()
         return self
 
+    def _run(self, graph: str, shape: tuple[int, ...], **inputs: Tensor) -> Tensor:
+        return only(self._session(graph)(**inputs), shape, self._folder / f"{graph}.onnx")
+
     def _session(self, graph: str) -> Session:
         if graph not in self._graphs:
-            raise BackendError(f"{self._folder} holds no {graph}.onnx: write the bundle again")
+            raise BackendError(
+                f"{self._folder} holds no {graph}.onnx, which this request needs: write the bundle "
+                "again with `dualdiff export bundle`"
+            )
         if graph not in self._sessions:
             self._sessions[graph] = Session(self._folder / f"{graph}.onnx", self.device)
         return self._sessions[graph]

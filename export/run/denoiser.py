@@ -20,6 +20,17 @@ PLAIN, WITH_BACKGROUND, ENCODER = "denoiser", "denoiser_background", "background
 TEXT = "text_encoder"
 
 
+def only(outputs: Sequence[Tensor], shape: tuple[int, ...], path: Path) -> Tensor:
+    """The one output of a graph. Raises BackendError when it has another shape."""
+    if [tuple(x.shape) for x in outputs] != [shape]:
+        got = ", ".join(str(list(x.shape)) for x in outputs) or "nothing"
+        raise BackendError(
+            f"{path} gives {got} where {list(shape)} is expected: copy the whole folder again, or "
+            "export it again"
+        )
+    return outputs[0]
+
+
 class Runner(Protocol):
     """A graph ready to run: its inputs by name -> its outputs."""
 
@@ -61,8 +72,12 @@ class ExportedDenoiser(ABC):
                 f"{self.folder} holds no denoiser for adapters {kind} background: export one of "
                 "that kind, and use that folder"
             )
-        self._main, self._changed = main, tensors
+        self._use(main, tensors)
         self._runners.clear()
+
+    def _use(self, main: str, changed: Mapping[str, Tensor]) -> None:
+        """Run this graph, with other values for these of its initializers."""
+        self._main, self._changed = main, changed
 
     def release(self) -> None:
         """Drop what runs the graphs."""
@@ -80,8 +95,13 @@ class ExportedDenoiser(ABC):
         self, latents: Tensor, time: Sequence[Tensor], text: Sequence[Tensor]
     ) -> list[Tensor]:
         self._check_size(latents)
-        run = self._runner(ENCODER)
-        return run(latents=latents.float(), timestep=time[0], context=text[0][0])
+        run, context = self._runner(ENCODER), text[0][0]
+        # the graph takes one background: those of several pairs go through it one by one
+        each = latents.unflatten(0, (len(context), -1)).unbind(1)
+        shares = [run(latents=x.float(), timestep=time[0], context=context) for x in each]
+        if len(shares) == 1:
+            return shares[0]
+        return [torch.stack(site, 1).flatten(0, 1) for site in zip(*shares, strict=True)]
 
     def __call__(
         self,
@@ -97,7 +117,13 @@ class ExportedDenoiser(ABC):
                 f"{self.folder}/{self._main}.onnx is run with a background exactly when its "
                 "adapter was trained with one"
             )
-        context, rows = text[0], latents.shape[1]
+        context, rows, batch = text[0], latents.shape[1], latents.shape[2]
+        if batch > 1 and background and len(background[0]) > context.shape[1]:
+            # pairs with backgrounds of their own: the graph takes one
+            split = [x.unflatten(0, (-1, batch)) for x in background]
+            own = [[x[:, pair].contiguous() for x in split] for pair in range(batch)]
+            pairs = [self(latents[:, :, n : n + 1], time, text, own[n]) for n in range(batch)]
+            return torch.cat(pairs, dim=2)
         if rows == 1:
             return self._call(latents[:, 0], time[0], context, background or ())
         # rows with latents of their own do not meet in the network
@@ -119,8 +145,9 @@ class ExportedDenoiser(ABC):
     ) -> Tensor:
         shares = {f"background_{index}": share for index, share in enumerate(background)}
         run = self._runner(self._main)
-        (noise,) = run(latents=latents.float(), timestep=timestep, context=context, **shares)
-        return noise
+        outputs = run(latents=latents.float(), timestep=timestep, context=context, **shares)
+        wanted = (2, context.shape[1], *latents.shape[1:])
+        return only(outputs, wanted, self.folder / f"{self._main}.onnx")
 
     def _runner(self, graph: str) -> Runner:
         if graph not in self._runners:

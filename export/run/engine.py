@@ -15,7 +15,7 @@ from dualdiff_engine.device import device_of
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.export.folder.artefact import Artefact, read_artefacts
-from dualdiff_engine.export.folder.bundle import check_files, read_manifest
+from dualdiff_engine.export.folder.bundle import check_files, intact, read_manifest
 from dualdiff_engine.export.folder.folded import read_adapters
 from dualdiff_engine.export.run.bundle_parts import BundledBase, BundledText, BundledVae
 from dualdiff_engine.export.run.denoiser import ExportedDenoiser, OnnxDenoiser
@@ -141,7 +141,8 @@ def from_pretrained(
         )
     folder, target = Path(exported), device_of(device)
     check_runtime(backend, target)
-    artefacts = read_artefacts(folder)
+    with intact(folder, "export"):
+        artefacts = read_artefacts(folder)
     precision = exported_dtype(artefacts, dtype, folder)
     most = most_pairs(artefacts, max_batch_of(max_batch), target)
     loaded = adapters.load(adapter, allow_pickle=allow_pickle) if adapter else None
@@ -158,7 +159,8 @@ def from_pretrained(
     if loaded is not None:
         engine.keep_adapter(loaded, adapters.default_name(str(adapter)))
     else:
-        keep_all(engine, folder, artefacts)
+        with intact(folder, "export"):
+            keep_all(engine, folder, artefacts)
     return engine
 
 
@@ -189,7 +191,8 @@ def from_bundle(
     check_files(folder, manifest, hashes=False)
     onnxruntime()
     target, why = choose_device(device)
-    artefacts = read_artefacts(folder)
+    with intact(folder):
+        artefacts = read_artefacts(folder)
     most = most_pairs(artefacts, max_batch_of(max_batch), target)
     if backend not in ("auto", "onnxruntime", "tensorrt"):
         raise BackendError(f"a bundle runs on onnxruntime or tensorrt, not on {backend!r}")
@@ -197,22 +200,39 @@ def from_bundle(
         backend, reason = fastest(folder, artefacts, target, trust)
         why = f"{why}; {reason}" if reason else why
     check_runtime(backend, target)
-    base = BundledBase(folder, artefacts)
-    graphs = denoiser(backend, artefacts, folder, target, why, trust)
-    text = artefacts["text_encoder"]
-    engine = Engine(
+    with intact(folder):
+        graphs = denoiser(backend, artefacts, folder, target, why, trust)
+        engine = _around(graphs, BundledBase(folder, artefacts), most)
+        keep_all(engine, folder, artefacts, adapter or manifest["first"])
+    logger.info("%s runs by %s", folder, graphs.ops.table[0].reason)
+    return engine
+
+
+def _around(graphs: ExportedDenoiser, base: BundledBase, most: int) -> Engine:
+    """An engine whose every network is a bundle's."""
+    artefacts, folder, device = graphs.artefacts, graphs.folder, graphs.device
+    for needed in ("text_encoder", "vae_decoder"):
+        if needed not in artefacts:
+            raise BackendError(f"{folder} has no {needed}.onnx: copy the whole bundle again")
+    text = BundledText(
+        base.load_tokenizer(),
+        folder / "text_encoder.onnx",
+        artefacts["text_encoder"],
+        base.unet_config.context_width,
+        device,
+    )
+    # what is asked of the base while pairs are drawn is asked once here, so that it fails here
+    base.make_scheduler(None)
+    return Engine(
         base,
         graphs.ops,
-        target,
+        device,
         exported_dtype(artefacts, "auto", folder),
         most,
         denoiser=graphs,
-        text_encoder=BundledText(base.load_tokenizer(), folder / "text_encoder.onnx", text, target),
-        vae=BundledVae(folder, artefacts, target),
+        text_encoder=text,
+        vae=BundledVae(folder, artefacts, base.pixels_per_latent, device),
     )
-    keep_all(engine, folder, artefacts, adapter or manifest["first"])
-    logger.info("%s runs by %s", folder, graphs.ops.table[0].reason)
-    return engine
 
 
 def choose_device(asked: str | torch.device) -> tuple[torch.device, str]:

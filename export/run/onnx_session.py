@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from dualdiff_engine.errors import BackendError
+from dualdiff_engine.device import is_out_of_memory
+from dualdiff_engine.errors import BackendError, DualDiffError, OutOfMemoryError
 
+_AGAIN = "copy the whole folder again, or export it again"
 _ELEMENT = {
     torch.float32: 1,
     torch.int64: 7,
@@ -71,19 +73,25 @@ class Session:
                 str(path), options, providers=[(provider, settings)]
             )
         except Exception as error:
-            # onnxruntime raises a dozen unrelated classes
-            raise BackendError(f"ONNX Runtime does not load {path}: {error}") from error
+            raise _error(path, "load", error) from error
         self.session.disable_fallback()
         if self.session.get_providers()[0] != provider:
             raise BackendError(
                 f"{path} was to run on {device}, but ONNX Runtime could not start its "
                 f"{provider}: its CUDA or cuDNN libraries are missing or of another version"
             )
-        self.device = device
+        self.path, self.device = path, device
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def __call__(self, **inputs: Tensor) -> list[Tensor]:
+        """Outputs in the graph's order. Raises BackendError, OutOfMemoryError."""
+        try:
+            return self._run(inputs)
+        except Exception as error:
+            raise _error(self.path, "run", error) from error
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         binding = self.session.io_binding()
         where, index = self.device.type, self.device.index or 0
         held = []
@@ -101,6 +109,15 @@ class Session:
         self.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return [from_dlpack(value) for value in binding.get_outputs()]
+
+
+def _error(path: Path, verb: str, error: Exception) -> DualDiffError:
+    """One of ours for whatever ONNX Runtime raises: a dozen classes with no base of their own."""
+    if is_out_of_memory(error):
+        return OutOfMemoryError(f"in {path}", "use a smaller batch or size")
+    # several lines: which input, which axis, what was expected
+    words = " ".join(str(error).split())[:400]
+    return BackendError(f"ONNX Runtime cannot {verb} {path} ({words}): {_AGAIN}")
 
 
 def _override(runtime: Any, options: Any, changed: Mapping[str, Tensor]) -> list[Any]:

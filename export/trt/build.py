@@ -17,7 +17,7 @@ from dualdiff_engine.export.run.denoiser import initializers
 from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt import engine_file, exchange_plugin
 from dualdiff_engine.export.trt.engine_file import Manifest
-from dualdiff_engine.files import sha256_of
+from dualdiff_engine.files import sha256_of, sha256_of_tensors
 
 WITH_EXCHANGE = ("denoiser", "denoiser_background")
 GRAPHS = (*WITH_EXCHANGE, "background_encoder")
@@ -176,7 +176,7 @@ class _Builder:
     def run(self) -> Built:
         start = time.monotonic()
         # before the minutes of a build: an adapter's file may be damaged
-        weights = engine_file.weights_sha256(self._adapter_weights())
+        weights = sha256_of_tensors(self._adapter_weights())
         network = self._parse()
         plugins = exchange_plugin.taken(self.trt, network, self._exchanges())
         config = self._config(network)

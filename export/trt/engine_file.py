@@ -12,13 +12,12 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.files import sha256_of, write_whole
@@ -36,7 +35,7 @@ class Manifest:
 
     targets: compute capabilities ("9.0"). gpu: its name where the engine fits only that kind.
     profiles: [least, most] pairs each. height, width: latent size. weights_sha256: of the adapter's
-    values in it, see `weights_sha256`. plugins: operators that kernels of ours compute.
+    values in it, by the names of their initializers. plugins: operators that our kernels compute.
     """
 
     graph: str
@@ -76,16 +75,6 @@ def this_gpu(required: bool = True) -> str:
 
 def this_gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """A hash of what an adapter puts into a graph, by the names of its initializers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(content.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write(folder: Path, plan: bytes, manifest: Manifest, targets: Sequence[str]) -> Path:

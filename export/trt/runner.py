@@ -21,6 +21,7 @@ from dualdiff_engine.export.run.denoiser import (
 from dualdiff_engine.export.trt import api as tensorrt_api
 from dualdiff_engine.export.trt import engine_file
 from dualdiff_engine.export.trt.engine_file import Manifest
+from dualdiff_engine.files import sha256_of_tensors
 from dualdiff_engine.ops import Ops
 
 # by TensorRT's names
@@ -110,7 +111,7 @@ class TensorrtRunner:
 
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Hold these weights, by the names of the graph's initializers. Raises BackendError."""
-        wanted = engine_file.weights_sha256(weights)
+        wanted = sha256_of_tensors(weights)
         if not must_refit(self.path, self.manifest, self._holds, wanted):
             return
         refitter = self.trt.Refitter(self.engine, self.logger)
@@ -245,5 +246,5 @@ class TensorrtDenoiser(ExportedDenoiser):
         except Exception:
             # what was refitted holds the new weights: engines are read again when needed
             self._runners.clear()
-            self._main, self._changed = before
+            self._use(*before)
             raise

@@ -24,7 +24,6 @@ import dualdiff_engine
 from dualdiff_engine import ops
 from dualdiff_engine.cli import main
 from dualdiff_engine.engine import Engine
-from dualdiff_engine.errors import OutOfMemoryError
 from dualdiff_engine.folder_writer import KINDS, MANIFEST, QUARANTINE, FolderWriter
 from dualdiff_engine.pipeline import generate as generation
 from support import DATA
@@ -262,6 +261,111 @@ def test_generate_with_background(
     assert files(tmp_path / "whole") != files(tmp_path / "cut")
 
 
+@pytest.fixture(scope="module")
+def normal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three normal pictures, their regions and objects by name, and masks of defects."""
+    root = tmp_path_factory.mktemp("normal")
+    for name in ("good", "regions", "objects", "masks"):
+        (root / name).mkdir()
+    for n in range(3):
+        pixels = np.random.default_rng(n).integers(1, 256, (64, 64, 3), np.uint8)
+        region, whole = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8)
+        region[16:40, 8 + 8 * n : 32 + 8 * n] = 255
+        whole[8:56, 8:56] = 255
+        Image.fromarray(pixels).save(root / f"good/{n:03d}.png")
+        Image.fromarray(region).save(root / f"regions/{n:03d}.png")
+        Image.fromarray(region).save(root / f"masks/{n:03d}.png")
+        Image.fromarray(whole).save(root / f"objects/{n:03d}_mask.png")
+    return root
+
+
+def test_generate_on_normal_pictures(normal: Path, tmp_path: Path) -> None:
+    """A pair per picture; the same command again draws nothing; more pairs start again."""
+    given = ("--picture", normal / "good", "--region", normal / "regions", "--edge", 0)
+    assert generate(DUAL, tmp_path, *FAST, *given, "--seed", 5) == 0
+    before = files(tmp_path)
+    assert len(before) == 9
+    for n in range(3):
+        drawn, whole, region = (
+            np.asarray(Image.open(path))
+            for path in (
+                tmp_path / f"image/{n:05d}.png",
+                normal / f"good/{n:03d}.png",
+                normal / f"regions/{n:03d}.png",
+            )
+        )
+        assert np.array_equal(drawn[region == 0], whole[region == 0])
+        assert not np.array_equal(drawn, whole)
+    assert generate(DUAL, tmp_path, *FAST, *given, "--seed", 5, "--count", 4) == 0
+    assert {name: files(tmp_path)[name] for name in before} == before
+    placements = [row["recipe"]["placement"] for row in rows(tmp_path)]
+    assert placements[3] == placements[0] != placements[1]
+
+
+def test_regions_are_sampled_like_masks(normal: Path, converted: Path, tmp_path: Path) -> None:
+    """With background: the pictures are their own, without their objects."""
+    common = ("--base", BCM / "model", "--adapter", converted, *FAST[1:], "--seed", 1)
+    given = ("--picture", normal / "good/00[01].png", "--object-mask", normal / "objects")
+    masks = ("--region-masks", normal / "masks", "--no-paste")
+    assert run("generate", *common, *given, *masks, "--out", tmp_path) == 0
+    recipes = [row["recipe"] for row in rows(tmp_path)]
+    assert len({recipe["background"]["picture_sha256"] for recipe in recipes}) == 2
+    for recipe in recipes:
+        assert recipe["placement"]["statistics"]["counts"] == [1, 1, 1]
+        assert recipe["placement"]["paste"] is False
+
+
+def test_pairs_are_drawn_again(
+    normal: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--picture", normal / "good/000.png", "--region", normal / "regions/000.png")
+    bounds = ("--mask", "both", "--accept", "min_area=1", "--attempts", 2, "--seed", 5)
+    assert generate(DUAL, tmp_path, *FAST, *given, *bounds) == 0
+    (row,) = rows(tmp_path)
+    assert row["accepted"] is False
+    assert row["recipe"]["accept"] == {"min_area": 1.0, "attempts": 2}
+    assert row["recipe"]["mask_source"] == "both"
+    assert "not accepted in any attempt: 1" in capfd.readouterr().out
+
+
+def test_demo_regions_are_those_of_its_training() -> None:
+    from dualdiff_engine.cli.demo import statistics
+
+    found = statistics("washer/chip")
+    assert len(found.counts) == 8
+    assert all(0.01 < area < 0.2 for area, _ in found.parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--region {n}/regions", "--region needs --picture"),
+        ("--edge 1", "--edge needs --picture"),
+        ("--no-paste", "--paste needs --picture"),
+        ("--picture {n}/nothing", "--picture: no pictures at"),
+        ("--picture {n}/good", "where does the defect go? Pass --region, or --region-masks"),
+        ("--picture {n}/good --region {n}/good/none.png", "does not exist"),
+        ("--picture {n}/good --region {n}/objects --edge 99", "edge must be from 0 to 16"),
+        ("--picture {n}/good --region {n}", "--region: {n} has no mask of 000.png: add 000_mask"),
+        ("--picture {n}/good --region-masks {n}", "--region-masks: {n} holds no pictures"),
+        ("--accept good", "--accept: 'good' is not a bound: write 'default' or min_area"),
+        (
+            "--picture {n}/good --region {n}/regions --object-mask none",
+            "--object-mask: no file or folder 'none'",
+        ),
+    ],
+)
+def test_generate_says_what_is_wrong_with_a_placement(
+    normal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("generate", "--base", "base", "--adapter", "adapter", "--out", out)
+    assert message.format(n=normal) in complaint(
+        capsys, *arguments, *options.format(n=normal).split()
+    )
+    assert not out.exists()
+
+
 def test_convert_then_inspect(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("convert", BCM / "adapter", converted, "--force") == 0
     said = capsys.readouterr().out
@@ -390,8 +494,8 @@ def test_commands_say_what_is_wrong(
         ("--guidance nan", "guidance must be a finite number"),
         ("--size 100", "height must be a multiple of 8"),
         ("--size 64x", "--size must be 512 or 512x768"),
-        ("--object-mask nothing.png", "does not exist"),
-        ("--object-mask {picture}", "need --background PICTURE"),
+        ("--background {picture} --object-mask nothing.png", "no file 'nothing.png'"),
+        ("--object-mask {picture}", "need --background PICTURE, or a mask of --picture"),
         ("--background-noise fixed", "need --background PICTURE"),
         ("--background-noise often", "'often' is not one of 'fresh', 'fixed'"),
         ("--background nothing.png", "'nothing.png' does not exist"),
@@ -462,10 +566,10 @@ def test_remedies_speak_of_options(
     assert "pass --background PICTURE" in complaint(capsys, *common)
 
     def fail(*_: object, **__: object) -> None:
-        raise OutOfMemoryError(4, 2)
+        raise RuntimeError("unable to mmap 16 bytes from file <x>: Cannot allocate memory (12)")
 
     monkeypatch.setattr(Engine, "from_pretrained", fail)
-    assert "pass --batch 2" in complaint(capsys, *common)
+    assert "out of memory: close other programs" in complaint(capsys, *common)
 
 
 def test_folders_that_cannot_be_written(

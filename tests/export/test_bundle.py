@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from dualdiff_engine import Engine
+from dualdiff_engine import Engine, Prompts
 from dualdiff_engine.cli import main
 from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.export.folder import weight_files
 from dualdiff_engine.export.folder.bundle import add_adapter
+from dualdiff_engine.export.folder.folded import trained_prompts
 from dualdiff_engine.export.folder.verify import verify_bundle
 from small import PICTURES, other_adapter
 from support import DATA, Golden, run_pipeline
@@ -55,6 +59,48 @@ def test_background_pictures(bundle: Any, engine_of: Any) -> None:
     ours = Engine.from_bundle(bundle("bcm")).generate([4], **options)
     eager = engine_of("bcm").generate([4], **options)
     assert float((ours[0].image - eager[0].image).abs().max()) <= PICTURES
+
+
+def test_placements(bundle: Any, engine_of: Any) -> None:
+    """A picture per pair, and with background a background per pair, in one batch."""
+    import numpy as np
+
+    from dualdiff_engine import Placement
+
+    region = np.zeros((128, 128), np.uint8)
+    region[32:80, 40:96] = 255
+    options: dict[str, Any] = {"steps": 2, "batch": 2, "output_type": "pt"}
+    for case in ("dual", "bcm"):
+        each = [
+            Placement(
+                np.random.default_rng(n).integers(0, 255, (128, 128, 3), dtype=np.uint8),
+                region, object_mask=np.pad(region[16:-16, 16:-16], 16),
+            )
+            for n in range(2)
+        ]  # fmt: skip
+        ours = Engine.from_bundle(bundle(case)).generate([4, 5], placement=each, **options)
+        eager = engine_of(case).generate([4, 5], placement=each, **options)
+        for one, other in zip(ours, eager, strict=True):
+            assert one.recipe["placement"] == other.recipe["placement"]
+            assert float((one.image - other.image).abs().max()) <= PICTURES
+
+
+def test_a_bundle_of_before_says_what_a_placement_needs(copy: Path) -> None:
+    import numpy as np
+
+    from dualdiff_engine import Placement
+
+    (copy / "vae_encoder.onnx").unlink()
+    manifest = json.loads((copy / "bundle.json").read_text())
+    del manifest["files"]["vae_encoder.onnx"]
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    picture = np.zeros((64, 64, 3), np.uint8)
+    own = Placement(picture, np.pad(np.full((32, 32), 255, np.uint8), 16))
+    with (
+        Engine.from_bundle(copy) as engine,
+        pytest.raises(BackendError, match=r"no vae_encoder\.onnx, which this request needs: write"),
+    ):
+        engine.generate([1], placement=own, steps=1)
 
 
 def test_manifest(bundle: Any) -> None:
@@ -106,6 +152,56 @@ def test_another_adapter_joins(copy: Path, tmp_path: Path) -> None:
         add_adapter(DATA / "dual" / "model", other, copy)
     with pytest.raises(BackendError, match="another base model"):
         add_adapter(DATA / "bcm" / "model", other, copy, name="third")
+
+
+def test_prompts_of_the_training_are_the_default(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Recorded from the training's record, drawn with unless others are given."""
+    from dualdiff_engine.export.folder.bundle import write_manifest
+
+    adapter = tmp_path / "pytorch_lora_weights.safetensors"
+    options = {"image_prompt": "a cap with sks", "anomaly_prompt": "sks alone"}
+    record = {"adapter": {"sha256": "0" * 64}, "options": options}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    trained = Prompts("a cap with sks", "sks alone")
+    assert trained_prompts(adapter, "0" * 64) == trained
+    # a record that lies there of another adapter
+    assert trained_prompts(adapter, "1" * 64) == Prompts()
+    (tmp_path / "training.json").write_text("{")
+    assert trained_prompts(adapter, "0" * 64) == Prompts()
+
+    path = copy / "adapters" / "adapter.safetensors"
+    metadata = {**weight_files.read_metadata(path), "prompts": asdict(trained)}
+    weight_files.write(path, load_file(path), metadata)
+    manifest = write_manifest(copy)
+    assert manifest["adapters"]["adapter"]["prompts"] == asdict(trained)
+    with Engine.from_bundle(copy) as engine:
+        (pair,) = engine.generate(seeds=[1], steps=1)
+        assert pair.recipe["prompts"] == asdict(trained)
+        (other,) = engine.generate(seeds=[1], steps=1, prompts=("x", "y"))
+        assert other.recipe["prompts"] == asdict(Prompts("x", "y"))
+    out = tmp_path / "out"
+    common = ["generate", "--base", str(copy), "--steps", "1", "--quiet", "--out", str(out)]
+    assert main([*common, "--negative-prompt", "dark"]) == 0
+    (row,) = (out / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(row)["recipe"]["prompts"] == asdict(replace(trained, negative="dark"))
+
+
+def test_the_length_of_a_prompt_is_the_graphs(copy: Path) -> None:
+    """Not what a tokenizer says whose length the base's text encoder had bounded."""
+    from dualdiff_engine.export.folder.bundle import write_manifest
+
+    with Engine.from_bundle(copy) as engine:
+        expected = engine.encode_prompts()
+    path = copy / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("model_max_length", None)
+    path.write_text(json.dumps(config))
+    assert write_manifest(copy)["text_length"] == 77
+    with Engine.from_bundle(copy) as engine:
+        assert engine.text_encoder.tokenizer.model_max_length == 77
+        assert torch.equal(engine.encode_prompts(), expected)
 
 
 def test_a_bundle_folds_nothing(bundle: Any, tmp_path: Path) -> None:
@@ -181,9 +277,17 @@ def test_command_line(bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "files and 0 engines unchanged" in capsys.readouterr().out
     out = tmp_path / "out"
     options = ["--steps", "1", "--quiet", "--out", str(out)]
-    assert main(["generate", "--base", str(folder), "--adapter", "adapter", *options]) == 0
+    # the bundle's own adapter and prompts
+    assert main(["generate", "--base", str(folder), *options]) == 0
     assert len(list((out / "image").iterdir())) == 1
     (row,) = (json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines())
     assert row["recipe"]["backends"]["attention"] == "onnxruntime"
+    assert row["recipe"]["prompts"]["image"] == "a vfx with sks"
+    named = [*options[:-1], str(tmp_path / "other"), "--adapter", "nobody"]
+    assert main(["generate", "--base", str(folder), *named]) == 2
+    assert "holds no adapter 'nobody'; it holds adapter" in capsys.readouterr().err
+    model = str(DATA / "dual" / "model")
+    assert main(["generate", "--base", model, *options]) == 2
+    assert f"pass --adapter: {model} is not a bundle" in capsys.readouterr().err
     assert main(["verify", str(tmp_path)]) == 2
     assert "Invalid bundle: " in capsys.readouterr().err

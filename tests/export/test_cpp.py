@@ -88,17 +88,21 @@ def test_shares_in_half_precision(exported_small: Any, program: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "array", "said"),
     [
-        ("latents", np.zeros((2, 1, 4, 8, 8), np.float32), r"latents.npy is [2, 1, 4, 8, 8], the"),
-        ("latents", np.zeros((2, 4, 16, 16), np.float32), "the graph takes [2, batch, 4, 16, 16]"),
-        ("context", np.zeros((2, 0, 77, 32), np.float32), "the graph takes [2, rows, 77, 32]"),
-        ("timestep", np.zeros(1, np.float16), "is <f2, the graph takes another type"),
+        ("latents", np.zeros((2, 1, 4, 8, 8), np.float32), "has shape [2, 1, 4, 8, 8], but the"),
+        ("latents", np.zeros((2, 4, 16, 16), np.float32), "expects [2, batch, 4, 16, 16]"),
+        ("context", np.zeros((2, 0, 77, 32), np.float32), "the graph expects [2, rows, 77, 32]"),
+        ("timestep", np.zeros(1, np.float16), "has type <f2, but the graph expects another type"),
         ("timestep", np.zeros(1, np.int64), "is of type '<i8': use float32 or float16"),
         ("latents", np.zeros((2, 1, 4, 16, 16), np.float32).T, "is column-major"),
         ("context", None, "cannot read"),
         ("context", b"not an array", "context.npy is not an .npy file of version 1.0"),
-        ("context", b"\x93NUMPY\x01\x00\xff\x00{", "ends within its header"),
-        ("context", b"\x93NUMPY\x01\x00\x02\x00{}", "its header lacks descr"),
-        ("context", b"\x93NUMPY\x01\x00\x0c\x00{'descr': '<f", "garbles its descr"),
+        ("context", b"\x93NUMPY\x01\x00\xff\x00{", "ends inside its header"),
+        ("context", b"\x93NUMPY\x01\x00\x02\x00{}", "its header has no descr"),
+        (
+            "context",
+            b"\x93NUMPY\x01\x00\x0c\x00{'descr': '<f",
+            "the descr in its header is damaged",
+        ),
     ],
 )
 def test_inputs_that_are_refused(
@@ -124,7 +128,7 @@ def test_a_file_cut_short(folder: Path, program: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     run = step(program, folder, tmp_path, tmp_path / "noise.npy")
     assert (run.returncode, run.stdout) == (1, "")
-    assert "context.npy is not as long as its shape [2, 2, 77, 32] says" in run.stderr
+    assert "context.npy does not have the length of its shape [2, 2, 77, 32]" in run.stderr
 
 
 def test_graphs_that_are_refused(folder: Path, program: Path, tmp_path: Path) -> None:
@@ -133,7 +137,7 @@ def test_graphs_that_are_refused(folder: Path, program: Path, tmp_path: Path) ->
     garbled.write_bytes(b"no graph")
     for graph, said in (
         (tmp_path / "none.onnx", "step: no file"),
-        (tmp_path, "holds no denoiser: make it with `dualdiff export bundle`"),
+        (tmp_path, "has no denoiser graph: create it with `dualdiff export bundle`"),
         (garbled, "step: ONNX Runtime: "),
         (folder / "vae_decoder.onnx", "cannot read"),
     ):

@@ -26,7 +26,7 @@ from dualdiff_engine.export.trt import (
     runner as tensorrt_runner,
 )
 from dualdiff_engine.export.trt.engine_file import Manifest
-from dualdiff_engine.files import sha256_of
+from dualdiff_engine.files import sha256_of, sha256_of_tensors
 from dualdiff_engine.ops import bind
 
 TARGET = "8.9"
@@ -54,7 +54,7 @@ def write_plan(folder: Path, content: bytes = b"plan") -> Path:
         width=8,
         profiles=[[1, 64]],
         refittable=False,
-        weights_sha256=engine_file.weights_sha256({"gate": torch.ones(2)}),
+        weights_sha256=sha256_of_tensors({"gate": torch.ones(2)}),
     )
     return engine_file.write(folder, content, manifest, [TARGET])
 
@@ -89,7 +89,7 @@ def test_an_engine_that_cannot_be_refitted_serves_its_adapter(plan: Path) -> Non
     manifest, _ = read(plan)
     holds, ones = manifest.weights_sha256, torch.ones(2)
     others = [{"gate": 2 * ones}, {"value": ones}, {"gate": ones.half()}, {"gate": ones[None]}, {}]
-    wanted = [engine_file.weights_sha256(weights) for weights in others]
+    wanted = [sha256_of_tensors(weights) for weights in others]
     assert len({holds, *wanted}) == 6
     assert not tensorrt_runner.must_refit(plan, manifest, holds, holds)
     with pytest.raises(BackendError, match=r"serves only the adapter 'hole'.*--refit"):

@@ -11,18 +11,21 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dualdiff_engine import adapters
 from dualdiff_engine.engine import Engine
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.export.folder import weight_files
 from dualdiff_engine.export.folder.artefact import read_artefacts
+from dualdiff_engine.export.folder.bundle import add_adapter
 from dualdiff_engine.export.graph import validate
 from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
-from support import Golden, golden_engine
+from small import LEAST
+from support import DATA, Golden, golden_engine
 
 GRAPHS = {
-    "dual": {"denoiser", "text_encoder", "vae_decoder"},
+    "dual": {"denoiser", "text_encoder", "vae_decoder", "vae_encoder"},
     "bcm": {
         "denoiser_background",
         "background_encoder",
@@ -122,8 +125,8 @@ def test_pictures_may_lose_what_their_norms_add_up(dual: Engine, folder: Path, g
     (small,) = validate._normed(dual.vae, artefact)
     (large,) = validate._normed(dual.vae, replace(artefact, height=32, width=32))
     assert large == 4 * small > 0
-    assert validate._tolerance(dual, artefact, (1,))[0] == validate.PICTURE
-    huge = validate._tolerance(dual, replace(artefact, height=512, width=512), (1,))[0]
+    assert validate._tolerance(dual, artefact, (1,), 1.0)[0] == validate.PICTURE
+    huge = validate._tolerance(dual, replace(artefact, height=512, width=512), (1,), 1.0)[0]
     assert huge == pytest.approx(validate.UNIT * (1024 * small / 9) ** 0.5)
     # the engine's own decoder is on no other device for it
     assert next(dual.vae.parameters()).device.type == "cpu"
@@ -148,6 +151,57 @@ def test_an_export_that_misses_its_tolerance_is_not_kept(
     with pytest.raises(BackendError, match="missed"):
         export_onnx(golden_engine("dual"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_amplifies_rounding(exported: Any, copy_of: Any, tmp_path: Path) -> None:
+    """Scaled by 1.5, float32 itself is tens of units off float64, in PyTorch as in the graph."""
+    folder, file = copy_of(exported("dual")), tmp_path / "scaled.safetensors"
+    adapters.convert(DATA / "dual" / "adapter", file)
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file)
+    report = add_adapter(DATA / "dual" / "model", file, folder)
+    row = report["graphs"]["denoiser"]["adapters"]["scaled"]
+    worst = max(case["error"] for case in row["cases"])
+    assert validate.FP32 < worst <= row["tolerance"] < 1e-3
+    assert row["tolerance_is"] == "what this adapter makes of fp32 rounding, against fp64"
+    # the plain adapter's bound is as tight as ever
+    assert report["graphs"]["denoiser"]["adapters"]["adapter"]["tolerance"] == validate.FP32
+    # and a weight that is a hundredth off is still found
+    engine = Engine.from_pretrained(DATA / "dual" / "model", adapter=file, device="cpu")
+    site = next(name for name in engine.active.sites if name.endswith("gate_weight"))
+    engine.unet.load({site: engine.active.sites[site] * 1.01})
+    with pytest.raises(BackendError, match=r"denoiser: relative error .* not kept"):
+        validate.validate(engine, folder, "scaled", (1, 2, 3), set(), lambda line: None)
+
+
+def test_bfloat16_has_no_resize(exported_small: Any) -> None:
+    """ONNX Runtime has none in bfloat16: it lies between casts, which change no value."""
+    model = graph(exported_small(LEAST, precision="bfloat16") / "denoiser.onnx")
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers = [node for node in model.graph.node if makers.get(node.input[0])]
+    resizes = [node for node in model.graph.node if node.op_type == "Resize"]
+    assert resizes
+    for resize in resizes:
+        before = makers[resize.input[0]]
+        (after,) = (node for node in readers if resize.output[0] in node.input)
+        assert (before.op_type, before.attribute[0].i) == ("Cast", onnx.TensorProto.FLOAT)
+        assert (after.op_type, after.attribute[0].i) == ("Cast", onnx.TensorProto.BFLOAT16)
+
+
+def test_the_written_graphs_run_before_they_are_kept(exported: Any, copy_of: Any) -> None:
+    """Another length of prompts, another VAE than was traced: neither passes."""
+    folder = copy_of(exported("dual"))
+    engine = golden_engine("dual")
+    with torch.no_grad():
+        next(engine.vae.decoder.conv_out.parameters()).mul_(1.01)
+    # graphs that are not fresh are not validated again, but the probe runs through them
+    with pytest.raises(
+        BackendError, match=r"vae_decoder: with the base model's own prompts .* kept"
+    ):
+        validate.validate(engine, folder, "adapter", (1,), set(), lambda line: None)
+    engine = golden_engine("dual")
+    engine.text_encoder.tokenizer.model_max_length = 16
+    with pytest.raises(BackendError, match=r"cannot run .*\.onnx .*16"):
+        validate.validate(engine, folder, "adapter", (1,), set(), lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,10 @@ from dualdiff_engine.export.trt import (
     build as tensorrt_build,
 )
 from dualdiff_engine.export.trt import (
-    engine_file,
-)
-from dualdiff_engine.export.trt import (
     runner as tensorrt_runner,
 )
 from dualdiff_engine.export.trt.build import BuildOptions
-from dualdiff_engine.files import sha256_of
+from dualdiff_engine.files import sha256_of, sha256_of_tensors
 from support import DATA
 from tensorrt_stubs import bindings
 
@@ -122,7 +119,7 @@ def test_every_attention_gets_a_kernel_of_its_own(
         assert told["adapter"]["name"] == "tiny"
         # what an engine with that adapter brings to a runner: a plan needs no refitting for it
         brought = initializers(engine.denoiser._changed, graphs[one.graph])
-        assert told["weights_sha256"] == engine_file.weights_sha256(brought)
+        assert told["weights_sha256"] == sha256_of_tensors(brought)
         # what the builder is at
         about = [line.removeprefix(f"{one.graph}: ") for line in said if one.graph in line]
         assert about[0] == f"building for {TARGET}"

@@ -13,13 +13,14 @@ from torch import Tensor
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import bind
 from dualdiff_engine.pipeline.background import BackgroundBank
+from dualdiff_engine.pipeline.blend import Blend
 from dualdiff_engine.pipeline.denoise import Schedule, denoise
 from dualdiff_engine.settings import Sampling
 
 META = torch.device("meta")
 SCHEDULERS = (
     *("PNDMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
-    "LMSDiscreteScheduler",
+    *("LMSDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"),
 )
 
 
@@ -54,7 +55,10 @@ def schedule(name: str, steps: int) -> Schedule:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("with_background", [False, True])
-def test_no_step_waits_for_the_device(name: str, with_background: bool) -> None:
+@pytest.mark.parametrize("with_placement", [False, True])
+def test_no_step_waits_for_the_device(
+    name: str, with_background: bool, with_placement: bool
+) -> None:
     """Reading a value of a meta tensor, which stands for the device's, is an error."""
     planned = schedule(name, 5)
     scheduler = planned.fresh()
@@ -70,10 +74,12 @@ def test_no_step_waits_for_the_device(name: str, with_background: bool) -> None:
         seen.append(timestep.device)
         return latents
 
+    start, blend = torch.empty(3, 2, 4, 8, 8, device=META), None
+    if with_placement:
+        blend = Blend(start[:, 0, 0], start, start, planned.noise_levels())
     latents = denoise(
-        cast(Denoiser, Shapes()), bind("reference"), scheduler,
-        torch.empty(3, 2, 4, 8, 8, device=META), [], sampling, [torch.Generator()] * 3, bank,
-        cast(Any, step_end),
+        cast(Denoiser, Shapes()), bind("reference"), scheduler, start, [], sampling,
+        [torch.Generator()] * 3, bank, cast(Any, step_end), blend,
     )  # fmt: skip
     assert latents is not None
     assert latents.device == META

@@ -94,6 +94,11 @@ def _damaged(part: str, defect: str, scene: Scene, seed: int) -> tuple[Floats, F
     return reduced(color), np.where(small >= LEAST_SHARE, small, 0).astype(np.float32)
 
 
+def defective_seed(seed: int, number: int, n: int) -> int:
+    """The seed of picture n of the defect of this number, from 1, in the data set of a seed."""
+    return seed + 50_000 + number * 10_000 + n
+
+
 def write_dataset(
     root: str | Path,
     part: str,
@@ -124,7 +129,7 @@ def write_dataset(
         _save(root / f"test/good/{n:03d}.png", make(part, seed=seed + 50_000 + n).image)
     for number, defect in enumerate(defects, 1):
         for n in range(defective):
-            product = make(part, defect, seed=seed + 50_000 + number * 10_000 + n)
+            product = make(part, defect, seed=defective_seed(seed, number, n))
             _save(root / f"test/{defect}/{n:03d}.png", product.image)
             _save(root / f"ground_truth/{defect}/{n:03d}_mask.png", product.mask)
             _save(root / f"object_mask/{defect}/{n:03d}_mask.png", product.object_mask)

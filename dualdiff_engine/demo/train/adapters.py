@@ -11,7 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine.demo.factory.samples import write_dataset
+import numpy as np
+
+from dualdiff_engine.demo.factory.samples import defective_seed, make, write_dataset
 from dualdiff_engine.demo.presets import PRESETS, Preset, find
 
 PICTURES = 8
@@ -74,6 +76,12 @@ def train(preset: Preset, base: Path, target: Path, **changed: Any) -> None:
     for name in KEPT:
         shutil.copyfile(work / "run" / name, partial / name)
     partial.rename(target)
+
+
+def training_masks(preset: Preset) -> list[np.ndarray]:
+    """The masks of the pictures that a preset's adapter learnt from, uint8 [SIZE, SIZE]."""
+    seeds = (defective_seed(DATA_SEED, 1, n) for n in range(PICTURES))
+    return [make(preset.part, preset.defect, seed=seed).mask for seed in seeds]
 
 
 KEPT = ("pytorch_lora_weights.safetensors", "training.json")
