@@ -139,11 +139,17 @@ def identity(recipe: Mapping[str, Any], *, pictures: bool = True) -> dict[str, s
     recipe = {**_OLDER, **recipe}
     kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
     for part in _PICTURES if not pictures else ():
-        settings = (kept.get(part) or {}).items()
+        settings = _settings(kept, part).items()
         kept[part] = [[k, v] for k, v in settings if not k.endswith("_sha256")]
     for part in ("base", "adapter"):
-        kept[part] = (kept.get(part) or {}).get("sha256")
+        kept[part] = _settings(kept, part).get("sha256")
     return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
+
+
+def _settings(recipe: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """A part of a recipe that somebody may have edited."""
+    value = recipe.get(part)
+    return value if isinstance(value, Mapping) else {}
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
