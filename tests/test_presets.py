@@ -228,6 +228,8 @@ def test_a_verdict_counts_for_what_it_was_found_with(tmp_path: Path) -> None:
     for given in ({"steps": 19}, {"guidance": 1.0}, {"height": 128}):
         assert gate(filled(preset="fast", **given)) == "not measured"
     assert gate(filled(preset="draft")) == "not measured"
+    placed = verdicts.of_run(base, adapter, filled(preset="fast"), placed=True)
+    assert placed == {"name": "fast", "gate": "not measured"}
     assert gate(filled(preset="fast"), {"sha256": "other"}) == "not measured"
     assert verdicts.of_run(base, adapter, filled()) is None
 

@@ -42,12 +42,16 @@ def keep(adapter: str | Path, sha256: str, found: Mapping[str, Mapping[str, Any]
 
 
 def of_run(
-    base: Mapping[str, str], adapter: Mapping[str, str], sampling: ChosenSampling
+    base: Mapping[str, str],
+    adapter: Mapping[str, str],
+    sampling: ChosenSampling,
+    *,
+    placed: bool = False,
 ) -> dict[str, str] | None:
     """A preset as a recipe holds it: its name and its gate; None without a preset.
 
     base, adapter: source and sha256 of each. A verdict counts for the base and the values that it
-    was found with.
+    was found with, and not for placed pairs, which are drawn another way.
     """
     if sampling.preset is None:
         return None
@@ -55,6 +59,7 @@ def of_run(
         return {"name": RELEASED}
     row = read(adapter["source"], adapter["sha256"]).get(sampling.preset, {})
     same = row.get("base") == base["sha256"] and row.get("sampling") == sampling.recorded()
+    same = same and not placed
     return {"name": sampling.preset, "gate": row["gate"] if same else NOT_MEASURED}
 
 

@@ -204,11 +204,12 @@ def check(
     around = canvases if own and canvases else backgrounds.listed(background, len(pairs))
     surroundings = _surroundings(around, chosen, given)
     parsed = run.prompts if prompts is None else Prompts.of(prompts)
-    source = check_mask_source(mask, placed=canvases is not None)
-    acceptance = Acceptance.of(accept, attempts, placed=canvases is not None)
+    placed = canvases is not None
+    source = check_mask_source(mask, placed=placed)
+    acceptance = Acceptance.of(accept, attempts, placed=placed)
     shared = describe(
         run.facts, chosen, parsed, given.names, segmenter, schedule.calls,
-        preset=verdicts.of_run(run.facts.base, run.facts.adapter, chosen),
+        preset=verdicts.of_run(run.facts.base, run.facts.adapter, chosen, placed=placed),
         mask_source=source, accept=acceptance.record() if acceptance else None,
     )  # fmt: skip
     recipes = _recipes(shared, surroundings, canvases)
