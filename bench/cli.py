@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualdiff_engine.errors import DualDiffError, SettingsError
+from dualdiff_engine.settings import PRESETS
 
 if TYPE_CHECKING:
     from dualdiff_engine.bench.step.case import Case
@@ -41,7 +42,16 @@ def parser() -> argparse.ArgumentParser:
         "--model", choices=("demo", "small", "sd15"), help="default: sd15 on a GPU, else demo"
     )
     p.add_argument(
-        "--steps", type=int, help="denoiser calls of a run (default 100, with background 50)"
+        "--calls",
+        "--steps",
+        dest="calls",
+        type=int,
+        help="denoiser calls of a run (default 100, with background 50)",
+    )
+    p.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="as many calls as a preset makes on SD-1.5 (released: 101, with background 51)",
     )
     p.add_argument("--rounds", type=int, default=3, help="timed steps per peer (default 3)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
@@ -95,29 +105,32 @@ def _names(given: str, known: Sequence[str], what: str) -> list[str]:
 
 def _case(options: argparse.Namespace, on_gpu: bool) -> Case:
     """The case that the options describe. Raises SettingsError."""
-    from dualdiff_engine.bench.step.case import MODELS, SCALE, Case
+    from dualdiff_engine.bench.step.case import MODELS, SCALE, Case, calls_of
 
     model = options.model or ("sd15" if on_gpu else "demo")
     scale = SCALE[model]
     for name, low in (("batch", 1), ("rounds", 1), ("seed", 0)):
         if getattr(options, name) < low:
             raise SettingsError(f"--{name} must be at least {low}")
-    steps = options.steps if options.steps is not None else (50 if options.background else 100)
+    calls = options.calls
+    if calls is None:
+        calls = calls_of(options.preset, options.background)
     size = options.size if options.size is not None else MODELS[model]["sample_size"] * scale
-    if not 1 <= steps <= 1000 or not 64 <= size <= 2048 or size % 8:
-        raise SettingsError("--steps must be 1 to 1000, --size a multiple of 8 from 64 to 2048")
+    if not 1 <= calls <= 1000 or not 64 <= size <= 2048 or size % 8:
+        raise SettingsError("--calls must be 1 to 1000, --size a multiple of 8 from 64 to 2048")
     if options.guidance <= 1:
         raise SettingsError("--guidance must be above 1, because all peers run with guidance")
     return Case(
         model=model,
         batch=options.batch,
-        steps=steps,
+        steps=calls,
         height=size // scale,
         width=size // scale,
         guidance=options.guidance,
         background=options.background,
         seed=options.seed,
         scale=scale,
+        preset=options.preset if options.calls is None else None,
     )
 
 

@@ -294,6 +294,7 @@ class Engine:
         guidance: float | None = None,
         scheduler: str | None = None,
         size: int | tuple[int, int] | None = None,
+        preset: str | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
         background: Background | Sequence[Background] | None = None,
         placement: Placement | Sequence[Placement] | None = None,
@@ -314,14 +315,18 @@ class Engine:
 
         Args:
             n: How many pairs, with fresh seeds; or the seeds, one per pair. Default: 1.
-            sampling: Steps, guidance, scheduler and size in one object. Or give these singly.
+            sampling: Steps, guidance, scheduler, size, preset and the scheduler's own options in
+                one object. Or give the first five singly.
             seeds: One per pair, or the seed of one pair, 0 to 2^63-1. A pair depends on its own
                 seed, not on its batch.
             batch: Pairs computed at once, 1 to `max_batch`. Default: as many as fit in both.
-            steps: Scheduler steps. Default: 100, with a background 50, as released.
+            steps: Scheduler steps; PNDM makes one denoiser call more. Default: 100, with a
+                background 50, as released.
             guidance: Guidance scale. Default: 2.5, with a background 2.0, as released.
             scheduler: Class name of a diffusers scheduler. Default: the base model's.
             size: Pixels, one number or (height, width). Default: the base model's.
+            preset: "released", "fast" or "draft", which fills in what is not given. Default: none,
+                which is the same as "released".
             prompts: `Prompts`, or (image prompt, anomaly prompt). Default: those that the bundle
                 records for the adapter, else the released ones.
             background: The surroundings to keep, for adapters trained with a background; one for
@@ -368,6 +373,7 @@ class Engine:
                 guidance=guidance,
                 scheduler=scheduler,
                 size=size,
+                preset=preset,
                 prompts=prompts,
                 background=background,
                 placement=placement,
@@ -397,6 +403,7 @@ class Engine:
         guidance: float | None = None,
         scheduler: str | None = None,
         size: int | tuple[int, int] | None = None,
+        preset: str | None = None,
         prompts: Prompts | tuple[str, str] | None = None,
         background: Background | Sequence[Background] | None = None,
         placement: Placement | Sequence[Placement] | None = None,
@@ -423,7 +430,7 @@ class Engine:
             run,
             n,
             seeds,
-            sampling_of(sampling, steps, guidance, scheduler, size),
+            sampling_of(sampling, steps, guidance, scheduler, size, preset),
             batch=batch,
             prompts=prompts,
             background=background,

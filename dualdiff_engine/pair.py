@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from dualdiff_engine.settings import ChosenSampling, Prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 _PER_PAIR = {"seed", "mask", "attempt", "window"}
-_CIRCUMSTANCES = {"versions", "device", "backends"}
+# calls follow from the sampling; a preset is a name for values that the sampling holds
+_CIRCUMSTANCES = {"versions", "device", "backends", "calls", "preset"}
 # what pairs of one run may have of their own
 _PICTURES = ("background", "placement")
 _OLDER: Mapping[str, Any] = {
@@ -145,11 +147,17 @@ def identity(recipe: Mapping[str, Any], *, pictures: bool = True) -> dict[str, s
     recipe = {**_OLDER, **recipe}
     kept = {k: v for k, v in recipe.items() if k not in _PER_PAIR | _CIRCUMSTANCES}
     for part in _PICTURES if not pictures else ():
-        settings = (kept.get(part) or {}).items()
+        settings = _settings(kept, part).items()
         kept[part] = [[k, v] for k, v in settings if not k.endswith("_sha256")]
     for part in ("base", "adapter"):
-        kept[part] = (kept.get(part) or {}).get("sha256")
+        kept[part] = _settings(kept, part).get("sha256")
     return {name: json.dumps(value, sort_keys=True) for name, value in kept.items()}
+
+
+def _settings(recipe: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """A part of a recipe that somebody may have edited."""
+    value = recipe.get(part)
+    return value if isinstance(value, Mapping) else {}
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
@@ -163,18 +171,24 @@ def describe(
     sampling: ChosenSampling,
     prompts: Prompts,
     given: list[str],
-    segmenter: str | None,
+    segmenter: str | Path | None,
+    calls: int,
+    *,
+    preset: Mapping[str, str] | None,
     mask_source: str,
     accept: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """The part of a recipe that all pairs of a run share, JSON-ready: all but their pictures.
 
-    given: names of the tensors that replaced a draw. accept: as from `Acceptance.record`.
+    given: names of the tensors that replaced a draw. calls: of the denoiser, per pair. preset: its
+    name and its gate, as from `verdicts.of_run`. accept: as from `Acceptance.record`.
     """
     return {
         "base": dict(facts.base),
         "adapter": dict(facts.adapter),
-        "sampling": asdict(sampling),
+        "sampling": sampling.recorded(),
+        "calls": calls,
+        "preset": dict(preset) if preset else None,
         "prompts": asdict(prompts),
         "dtype": facts.dtype,
         "device": facts.device,
@@ -182,7 +196,7 @@ def describe(
         "tf32": facts.tf32,
         "versions": versions(),
         "given": given,
-        "segmenter": segmenter,
+        "segmenter": str(segmenter) if segmenter else None,
         "mask_source": mask_source,
         "accept": dict(accept) if accept else None,
     }

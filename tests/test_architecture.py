@@ -48,8 +48,8 @@ LAYERS: dict[str, set[str]] = {
         *("adapters", "engine", "errors", "files", "pair", "settings", "training"),
     },
     "evaluation": {
-        *("demo", "engine", "errors", "files", "folder_writer", "pair", "pictures", "settings"),
-        "training",
+        *("adapters", "demo", "engine", "errors", "files", "folder_writer", "pair", "pictures"),
+        *("settings", "training"),
     },
     "cli": {
         *("adapters", "base_model", "demo", "device", "engine", "errors", "evaluation", "files"),

@@ -226,6 +226,16 @@ def test_a_damaged_row_is_named(tmp_path: Path, line: bytes) -> None:
     assert manifest.read_bytes() == damaged
 
 
+@pytest.mark.parametrize("part", ["base", "adapter", "background"])
+def test_a_recipe_that_was_edited_is_another_one(tmp_path: Path, part: str) -> None:
+    recipe = {"base": {"sha256": "1"}, "adapter": {"sha256": "2"}, "background": None}
+    row = {"index": 0, "seed": 1, "recipe": {**recipe, part: True}}
+    (tmp_path / MANIFEST).write_text(json.dumps(row) + "\n")
+    match = rf"another recipe \(other {part}\)"
+    with FolderWriter(tmp_path) as writer, pytest.raises(OutputError, match=match):
+        writer.missing([recipe], [1], free=False)
+
+
 def test_a_row_that_is_there_twice_is_named(tmp_path: Path) -> None:
     manifest = written(tmp_path, 1, 2) / MANIFEST
     manifest.write_bytes(manifest.read_bytes() + manifest.read_bytes().splitlines()[0] + b"\n")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualdiff_engine import adapters
+from dualdiff_engine import adapters, settings
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.base_model import TensorFile
 from dualdiff_engine.demo.presets import BASE, PRESETS
@@ -82,7 +82,7 @@ class Case:
     """One benchmark case; every peer makes its weights and inputs from it alone.
 
     batch: pairs per step. steps: denoiser calls of the schedule, of which some are timed. height,
-    width: latent size. scale: pixels of a latent's side.
+    width: latent size. scale: pixels of a latent's side. preset: where `steps` comes from.
     """
 
     model: str
@@ -94,6 +94,7 @@ class Case:
     background: bool
     seed: int
     scale: int = 8
+    preset: str | None = None
 
     @property
     def timesteps(self) -> Tensor:
@@ -113,6 +114,15 @@ class Case:
             "noise": self.draw("noise", 2, *size),
         }
         return {name: tensor.to(device) for name, tensor in drawn.items()}
+
+
+def calls_of(preset: str | None, background: bool) -> int:
+    """Denoiser calls of a run on SD-1.5; without a preset the released steps, a round number."""
+    steps = settings.BACKGROUND_STEPS if background else settings.PLAIN_STEPS
+    if preset is None:
+        return steps
+    # SD-1.5's own PNDM visits its second timestep twice; DPM-Solver++ calls once per step
+    return settings.PRESETS[preset].steps or steps + 1
 
 
 def draw(key: str, shape: tuple[int, ...]) -> Tensor:

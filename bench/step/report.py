@@ -60,9 +60,10 @@ def headline(record: Record) -> str:
     # older records do not say
     instructions = f"{record['instructions']}, " if "instructions" in record else ""
     rates = ", ".join(f"{k} {v / 1e9:,.0f}" for k, v in record["product_flops_per_s"].items())
+    preset = f" (preset {case['preset']})" if case.get("preset") else ""
     return (
         f"{case['model']}, {case['batch']} pair(s), {height}x{width} px, "
-        f"{background}, guidance {case['guidance']:g}, schedule of {case['steps']} calls; "
+        f"{background}, guidance {case['guidance']:g}, schedule of {case['steps']} calls{preset}; "
         f"{record['device_name']}, {record['cores']} cores, {instructions}"
         f"torch {record['versions']['torch']}, commit {record['commit']}; "
         f"matrix products: {rates} GFLOP/s"

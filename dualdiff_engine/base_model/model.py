@@ -107,12 +107,13 @@ class BaseModel:
         """The base model's own diffusers scheduler; never stepped, only configured from."""
         return self._schedulers.own
 
-    def make_scheduler(self, name: str | None) -> Any:
+    def make_scheduler(self, name: str | None, options: Mapping[str, Any] | None = None) -> Any:
         """A fresh scheduler by class name, configured like the base's own.
 
-        Raises SettingsError, also from `set_timesteps` for a count that the scheduler cannot take.
+        options: in place of the base's, by their names in `Sampling`. Raises SettingsError, also
+        from `set_timesteps` for a count that the scheduler cannot take.
         """
-        return self._schedulers.make(name)
+        return self._schedulers.make(name, options)
 
     def noiser(self) -> Any:
         """DDPM on the base's noise schedule, for `add_noise`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ from dualdiff_engine.errors import BaseModelError, SettingsError
 
 # its timesteps are logarithms of noise levels, which these networks were not trained with
 _OTHER_TIMESTEPS = {"EDMEulerScheduler"}
+
+# our names of a scheduler's options -> diffusers', in its config
+_OPTIONS = {
+    "spacing": "timestep_spacing",
+    "order": "solver_order",
+    "karras": "use_karras_sigmas",
+    "skip_prk": "skip_prk_steps",
+}
+# this one goes to `set_timesteps`
+_CUSTOM = "timesteps"
 
 
 class Schedulers:
@@ -52,7 +62,7 @@ class Schedulers:
             self.own: Any = kind.from_config(used)
             noiser = DDPMScheduler.from_config(self.own.config)
         self._check_noise(noiser)
-        self._faults: dict[tuple[str, int], str | None] = {}
+        self._faults: dict[Any, str | None] = {}
 
     def _defaults(self, kind: Any) -> dict[str, Any]:
         """Every value that a scheduler on offer reads, with its default; the own one's counts."""
@@ -73,23 +83,28 @@ class Schedulers:
                 "that belongs to the model"
             )
 
-    def make(self, name: str | None) -> Any:
+    def make(self, name: str | None, options: Mapping[str, Any] | None = None) -> Any:
         """A fresh scheduler by class name, configured like the base's own.
 
-        Its `set_timesteps` raises SettingsError for a count that it cannot take.
+        options: in place of the base's: spacing, order, karras, skip_prk, timesteps. Raises
+        SettingsError for one that the scheduler does not have. `set_timesteps` raises it for a
+        count that the scheduler cannot take; timesteps in `options` replace those of the count.
         """
         kind = self._kinds.get(name or type(self.own).__name__)
         if kind is None:
             raise SettingsError(
                 f"no scheduler {name!r}: choose one of {', '.join(sorted(self._kinds))}"
             )
+        options = dict(options or {})
         try:
-            scheduler = _checked(kind).from_config(self.own.config)
+            values = _config_values(kind, options)
+            scheduler = _checked(kind).from_config(self.own.config, **values)
         except ImportError as error:
             raise SettingsError(
                 f"scheduler {kind.__name__!r} needs another package: {first_line(error)}"
             ) from error
-        scheduler.check_steps = functools.partial(self._check_steps, kind)
+        scheduler.check_steps = functools.partial(self._check_steps, kind, options)
+        scheduler.custom = options.get(_CUSTOM)
         return scheduler
 
     def noiser(self) -> Any:
@@ -105,23 +120,46 @@ class Schedulers:
         changed = {name: v for name, v in own.items() if v != defaults[name]}
         return {"class": type(self.own).__name__, **changed}
 
-    def _check_steps(self, kind: Any, steps: int) -> None:
-        reason = self._fault(kind, steps)
+    def _check_steps(self, kind: Any, options: Mapping[str, Any], steps: int) -> None:
+        reason = self._fault(kind, options, steps)
         if reason is None:
             return
-        near = (steps + change for change in (-1, 1, -2, 2, 3))
-        works = [n for n in near if 1 <= n <= 1000 and self._fault(kind, n) is None]
+        custom = _CUSTOM in options
+        near = () if custom else (steps + change for change in (-1, 1, -2, 2, 3))
+        works = [n for n in near if 1 <= n <= 1000 and self._fault(kind, options, n) is None]
         remedy = f"use {works[0]} steps, or another scheduler" if works else "use another scheduler"
+        if options and self._fault(kind, {}, steps) is None:
+            remedy = f"leave out or change {', '.join(options)}"
+        asked = "these timesteps" if custom else f"{steps} steps"
         raise SettingsError(
-            f"{kind.__name__} cannot take {steps} steps on this base model ({reason}): {remedy}"
+            f"{kind.__name__} cannot take {asked} on this base model ({reason}): {remedy}"
         )
 
-    def _fault(self, kind: Any, steps: int) -> str | None:
+    def _fault(self, kind: Any, options: Mapping[str, Any], steps: int) -> str | None:
         """What is wrong with a number of steps; None if a latent comes out finite."""
-        key = kind.__name__, steps
+        key = kind.__name__, tuple(options.items()), steps
         if key not in self._faults:
-            self._faults[key] = _tried(lambda: kind.from_config(self.own.config), steps)
+            values = _config_values(kind, options)
+            make = functools.partial(kind.from_config, self.own.config, **values)
+            self._faults[key] = _tried(make, steps, options.get(_CUSTOM))
         return self._faults[key]
+
+
+def _config_values(kind: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as diffusers names them. Raises SettingsError for one that a scheduler lacks."""
+    if not options:
+        return {}
+    own = inspect.signature(kind.__init__).parameters
+    taken = [name for name, theirs in _OPTIONS.items() if theirs in own]
+    if _CUSTOM in inspect.signature(kind.set_timesteps).parameters:
+        taken.append(_CUSTOM)
+    for name in options:
+        if name not in taken:
+            raise SettingsError(
+                f"{kind.__name__} does not take {name}: of these options it takes "
+                f"{', '.join(taken) or 'none'}"
+            )
+    return {_OPTIONS[name]: value for name, value in options.items() if name != _CUSTOM}
 
 
 @functools.cache
@@ -130,7 +168,10 @@ def _checked(kind: Any) -> Any:
 
     def set_timesteps(self: Any, num_inference_steps: int, *rest: Any, **named: Any) -> None:
         self.check_steps(num_inference_steps)
-        kind.set_timesteps(self, num_inference_steps, *rest, **named)
+        if self.custom is None:
+            kind.set_timesteps(self, num_inference_steps, *rest, **named)
+        else:
+            kind.set_timesteps(self, timesteps=list(self.custom), **named)
 
     # under the same name: diffusers records it, and looks compatible classes up by it
     own = {
@@ -138,11 +179,12 @@ def _checked(kind: Any) -> Any:
         "set_timesteps": set_timesteps,
         # some schedulers set timesteps while they are built
         "check_steps": staticmethod(lambda steps: None),
+        "custom": None,
     }
     return type(kind.__name__, (kind,), own)
 
 
-def _tried(make: Callable[[], Any], steps: int) -> str | None:
+def _tried(make: Callable[[], Any], steps: int, custom: Sequence[int] | None) -> str | None:
     """Step a latent of ones through every timestep with a network that predicts zeros."""
     # some schedulers draw from PyTorch's own generator
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.inference_mode():
@@ -150,7 +192,10 @@ def _tried(make: Callable[[], Any], steps: int) -> str | None:
         # a foreign program: whatever it raises, the count does not work
         try:
             scheduler = make()
-            scheduler.set_timesteps(steps)
+            if custom is None:
+                scheduler.set_timesteps(steps)
+            else:
+                scheduler.set_timesteps(timesteps=list(custom))
             times = scheduler.timesteps.double()
             last = scheduler.config.num_train_timesteps - 1
             nearest = times.round()

@@ -5,24 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from PIL import Image
 
 from dualdiff_engine.cli.interrupt import clean_stop
-from dualdiff_engine.demo.presets import BASE, PRESETS, find
+from dualdiff_engine.demo.presets import BASE, PRESETS, SAMPLING, find
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.settings import Sampling, require_seed
+from dualdiff_engine.settings import Placement, Sampling, require_seed
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from dualdiff_engine.pair import Pair
     from dualdiff_engine.pipeline.regions import RegionStatistics
 
 SHEET = "sheet.png"
 COLUMNS = 8
+# of the good parts in the factory; no adapter was trained or tested on them
+CANVAS_SEED = 6_000_000
+# a pair without a defect that one can see and that the mask shows is drawn again
+PLACED = {"accept": "default", "attempts": 4}
+
+# preset, good part, and the pair on it
+Drawn = tuple[str, Image.Image, "Pair"]
 
 Name = Annotated[str | None, typer.Option(help=f"Use the demo model: {', '.join(PRESETS)}.")]
 
@@ -56,11 +63,21 @@ def filled(
         )
     preset = find(name)
     given = {key: value for key, value in options.items() if value is not None}
-    own = preset.options()
+    own = {key: value for key, value in preset.options().items() if key not in SAMPLING}
+    if "sampling" in given:
+        given["sampling"] = _sampling(given["sampling"])
     if "placement" in given:
         # the user's pictures are their own backgrounds
         own.pop("background", None)
     return str(BASE), preset.adapter, {**own, **given}
+
+
+def _sampling(given: Sampling) -> Sampling:
+    """What suits the demo where nothing is given; a preset replaces all of it."""
+    if given.preset is not None:
+        return given
+    own = {**SAMPLING, "steps": SAMPLING["steps"] if given.timesteps is None else None}
+    return replace(given, **{k: v for k, v in own.items() if getattr(given, k) is None})
 
 
 def statistics(name: str) -> RegionStatistics:
@@ -83,7 +100,7 @@ def demo(
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, … or auto.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
-    """Draw pairs with the small model that ships: pictures, and a contact sheet."""
+    """Draw defects on good parts with the small model that ships: pairs, and a contact sheet."""
     require_seed(seed)
     require_seed(seed + count - 1)
     chosen: dict[str, Any] = {} if steps is None else {"steps": steps}
@@ -96,7 +113,7 @@ def demo(
     if drawn and not quiet:
         seconds = time.monotonic() - start
         typer.echo(f"{len(drawn)} pairs in {out}, {seconds:.0f} s")
-        typer.echo(f"contact sheet: {path} (image, anomaly, mask on the image)")
+        typer.echo(f"contact sheet: {path} (good part, image, mask on the image)")
     if not (drawn or stopped or quiet):
         typer.echo(f"all {count} pairs are already in {out}: nothing was drawn")
     if stopped:
@@ -105,11 +122,11 @@ def demo(
 
 def _draw(
     out: Path, count: int, seed: int, chosen: dict[str, Any], device: str, progress: bool
-) -> tuple[list[tuple[str, Pair]], int]:
+) -> tuple[list[Drawn], int]:
     """Pairs of all presets, each on disk when the next is drawn; the exit code of a stop, or 0."""
     from dualdiff_engine.folder_writer import FolderWriter
 
-    drawn: list[tuple[str, Pair]] = []
+    drawn: list[Drawn] = []
     with FolderWriter(out, append=True) as writer:
         from dualdiff_engine.engine import Engine
 
@@ -122,12 +139,16 @@ def _draw(
                     break
                 preset = PRESETS[name]
                 engine.load_adapter(preset.adapter, name)
-                # each time with the surroundings of another part
-                options = {**preset.options(seeds[0]), **chosen, "progress": progress}
-                with closing(engine.stream(seeds, **options, resume=writer)) as pairs:
+                parts = _good_parts(name, seeds)
+                options = {
+                    **SAMPLING, **PLACED, **chosen,
+                    "prompts": preset.prompts, "placement": list(parts.values()),
+                }  # fmt: skip
+                stream = engine.stream(seeds, **options, resume=writer, progress=progress)
+                with closing(stream) as pairs:
                     for pair in pairs:
                         writer.write(pair)
-                        drawn.append((name, pair))
+                        drawn.append((name, parts[pair.seed].picture, pair))
                 engine.unload_adapter(name)
     return drawn, stopped.code
 
@@ -142,12 +163,25 @@ def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
         start += share
 
 
-def _sheet(drawn: list[tuple[str, Pair]]) -> Image.Image:
+def _good_parts(name: str, seeds: list[int]) -> dict[int, Placement]:
+    """Seed -> where its defect goes: on a good part of its own, in a region as in training."""
+    from dualdiff_engine.demo.factory.samples import make
+
+    like, part = statistics(name), PRESETS[name].part
+    found = {}
+    for seed in seeds:
+        good = make(part, seed=(CANVAS_SEED + seed) % 2**63)
+        picture = Image.fromarray(good.image)
+        found[seed] = Placement(picture, like, good.object_mask, paste="mask")
+    return found
+
+
+def _sheet(drawn: list[Drawn]) -> Image.Image:
     from dualdiff_engine import pictures
 
     parts = []
     for first in range(0, len(drawn), COLUMNS):
         row = drawn[first : first + COLUMNS]
-        columns = [[p.image, p.anomaly, pictures.overlay(p.image, p.mask)] for _, p in row]
-        parts.append(pictures.grid(columns, [name for name, _ in row]))
+        columns = [[good, p.image, pictures.overlay(p.image, p.mask)] for _, good, p in row]
+        parts.append(pictures.grid(columns, [name for name, _, _ in row]))
     return pictures.stacked(parts)

@@ -1,4 +1,4 @@
-"""`dualdiff eval quality` and `dualdiff eval downstream`."""
+"""`dualdiff eval quality` and `dualdiff eval downstream`; `preset.py` holds the third."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dualdiff_engine.cli.preset import preset
 from dualdiff_engine.errors import SettingsError
 
 app = typer.Typer(help="Measure how good pairs are.", rich_markup_mode=None, add_completion=False)
@@ -38,6 +39,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 @app.callback()
 def _group() -> None:
     pass
+
+
+app.command()(preset)
 
 
 @app.command()

@@ -40,19 +40,25 @@ from dualdiff_engine.cli.options import (
     Exported,
     Guidance,
     Json,
+    Karras,
     Masker,
     Noise,
     NoiseSeed,
     ObjectMask,
+    Order,
     Out,
     Picture,
+    Preset,
     Prompt,
     Quiet,
     Scheduler,
     Seed,
     Seeds,
     Size,
+    SkipPrk,
+    Spacing,
     Steps,
+    Timesteps,
     Trust,
     Tune,
 )
@@ -80,7 +86,7 @@ from dualdiff_engine.errors import (
     SettingsError,
 )
 from dualdiff_engine.export.cli import register
-from dualdiff_engine.settings import Background, Prompts
+from dualdiff_engine.settings import Background, Prompts, Sampling
 
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
@@ -197,6 +203,12 @@ def generate(
     steps: Steps = None,
     guidance: Guidance = None,
     scheduler: Scheduler = None,
+    preset: Preset = None,
+    spacing: Spacing = None,
+    order: Order = None,
+    karras: Karras = None,
+    skip_prk: SkipPrk = None,
+    timesteps: Timesteps = None,
     size: Size = None,
     image_prompt: Prompt = None,
     anomaly_prompt: Prompt = None,
@@ -227,7 +239,9 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Draw pairs into a folder: image/, anomaly/, mask/, and manifest.jsonl with their recipes."""
-    sampling = _given(steps=steps, guidance=guidance, scheduler=scheduler)
+    sampling: dict[str, Any] = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
+    sampling |= {"preset": preset, "spacing": spacing, "order": order, "karras": karras}
+    sampling |= {"skip_prk": skip_prk, "timesteps": _timesteps(timesteps)}
     # of the background, if there is one, else of the pictures
     of_pictures = picture is not None and background is None
     surroundings = _given(
@@ -243,7 +257,7 @@ def generate(
     options: dict[str, Any] = {
         **chosen,
         "placement": repeated(placements, chosen),
-        **_checked_sampling(sampling, size),
+        "sampling": _sampling(sampling, size),
         "background": _surroundings(background, surroundings),
         "segmenter": segmenter,
         "mask": mask,
@@ -315,12 +329,20 @@ def _listed(text: str) -> list[int]:
     return chosen
 
 
-def _checked_sampling(given: dict[str, Any], size: str | None) -> dict[str, Any]:
-    """The sampling arguments of `Engine.stream`, refused here rather than after loading."""
-    if size is not None:
-        given = {**given, "size": settings.size_from_text(size)}
-    settings.sampling_of(None, **given)
-    return given
+def _timesteps(text: str | None) -> tuple[int, ...] | None:
+    """The numbers of 999,750,500. Raises SettingsError."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise SettingsError(f"--timesteps must be numbers such as 999,750,500, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _sampling(given: dict[str, Any], size: str | None) -> Sampling:
+    """What `Engine.stream` takes, refused here rather than after loading."""
+    height, width = (None, None) if size is None else settings.size_from_text(size)
+    return Sampling(**given, height=height, width=width)
 
 
 def _surroundings(picture: Path | None, given: dict[str, Any]) -> Background | None:
@@ -398,20 +420,24 @@ def inspect(
 ) -> None:
     """Show what an adapter contains, and whether it fits a base model."""
     from dualdiff_engine import adapters
+    from dualdiff_engine.adapters import verdicts
 
     loaded = adapters.load(adapter, allow_pickle=allow_pickle)
     if base is not None:
         adapters.check_fits(loaded, *_shapes(base))
     summary: dict[str, Any] = {**asdict(adapters.summary(loaded)), "fits": base}
+    summary["presets"] = verdicts.read(summary["file"], summary["sha256"])
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return
-    blend = summary.pop("blend")
+    blend, presets = summary.pop("blend"), summary.pop("presets")
     summary["branches"] = ", ".join(summary["branches"])
     summary["context_width"] = ", ".join(map(str, summary["context_width"]))
     summary["parameters"] = f"{summary['parameters']:,}"
     summary["background"] = "needed; learnt blend weight per site:" if blend else "none"
     summary["fits"] = base or "not checked: pass --base"
+    for name in settings.MEASURED:
+        summary[f"preset {name}"] = verdicts.line(presets.get(name))
     rows = ((name.replace("_", " "), value) for name, value in summary.items())
     print_table(chain(rows, ((name, f"{value:.4f}") for name, value in blend.items())))
 

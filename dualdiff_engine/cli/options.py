@@ -12,6 +12,8 @@ from dualdiff_engine.settings import (
     BACKGROUND_STEPS,
     PLAIN_GUIDANCE,
     PLAIN_STEPS,
+    PRESETS,
+    SPACINGS,
     NoiseMode,
 )
 
@@ -36,12 +38,35 @@ Seeds = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the first pair; each next pair adds one.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Pairs computed together.")]
-Steps = Annotated[int | None, typer.Option(help=_RELEASED.format(PLAIN_STEPS, BACKGROUND_STEPS))]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Scheduler steps; PNDM makes one denoiser call more. "
+        f"{_RELEASED.format(PLAIN_STEPS, BACKGROUND_STEPS)}"
+    ),
+]
 Guidance = Annotated[
     float | None, typer.Option(help=_RELEASED.format(PLAIN_GUIDANCE, BACKGROUND_GUIDANCE))
 ]
 Scheduler = Annotated[
     str | None, typer.Option(help="Diffusers scheduler class (default: the base model's).")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(PRESETS)}: fills in the steps and options not given here."),
+]
+Spacing = Annotated[
+    str | None, typer.Option(help=f"Of the scheduler's timesteps: {', '.join(SPACINGS)}.")
+]
+Order = Annotated[int | None, typer.Option(help="Order of the scheduler's solver, 1 to 3.")]
+Karras = Annotated[
+    bool | None, typer.Option(help="Noise levels as in Karras et al. 2022, or the scheduler's.")
+]
+SkipPrk = Annotated[
+    bool | None, typer.Option(help="Start PNDM without, or with, its Runge-Kutta steps.")
+]
+Timesteps = Annotated[
+    str | None, typer.Option(help="The timesteps themselves, descending: 999,750,500,250.")
 ]
 Size = Annotated[str | None, typer.Option(help="Size in pixels: 512, or 512x768 (HEIGHTxWIDTH).")]
 Prompt = Annotated[

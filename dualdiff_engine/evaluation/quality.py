@@ -39,7 +39,7 @@ def measure(samples: Sequence[Sample], train: Sequence[Sample] = ()) -> dict[str
         `pairs`, `train`, `agreement`, `masks`, `diversity` and `copies`, JSON-ready; None where
         something cannot be measured. Distances and shares are in [0, 1].
     """
-    drawn, real = _Reduced(samples), _Reduced(train) if train else None
+    drawn, real = Reduced(samples), Reduced(train) if train else None
     return {
         "pairs": len(samples),
         "train": len(train) or None,
@@ -110,7 +110,7 @@ def masks(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-class _Reduced:
+class Reduced:
     """Pictures, the defects in them on black, and masks, at the size that distances are taken."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -125,8 +125,16 @@ class _Reduced:
             self.defects[n] = reduced(np.where(mask[..., None], pixels, np.uint8(0)), size)
             self.masks[n] = reduced_mask(mask, size)
 
+    def without(self, index: int) -> Reduced:
+        """All but one of the samples."""
+        rest = Reduced(())
+        rest.names = self.names[:index] + self.names[index + 1 :]
+        for name in ("images", "defects", "masks"):
+            setattr(rest, name, np.delete(getattr(self, name), index, axis=0))
+        return rest
 
-def diversity(drawn: _Reduced) -> dict[str, Any]:
+
+def diversity(drawn: Reduced) -> dict[str, Any]:
     """Mean pairwise distance within the defect.
 
     image: of whole pictures. defect: of the pictures black outside their masks. mask: 1 - overlap
@@ -145,7 +153,7 @@ def diversity(drawn: _Reduced) -> dict[str, Any]:
     }
 
 
-def copies(drawn: _Reduced, train: _Reduced) -> dict[str, Any]:
+def copies(drawn: Reduced, train: Reduced) -> dict[str, Any]:
     """Whether pairs repeat training pictures, flipped ones included, as training flips them.
 
     For whole pictures (`image`) and for what their masks cut out (`defect`): `nearest`, the median

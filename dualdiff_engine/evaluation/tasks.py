@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +68,30 @@ def factory_task(pairs: Sequence[Sample], part: str, defect: str, size: int) -> 
     """
     generated = _loaded(pairs, size).marked()
     ceiling = _made(part, defect, CEILING_SEED, len(generated), size)
-    with tempfile.TemporaryDirectory() as folder:
-        real = _loaded(training_samples(Path(folder), part, defect), size)
+    arms = {**_arms(_trained_on(part, defect, size), generated), "ceiling": ceiling}
+    return _factory(arms, part, defect, size)
+
+
+def arms_task(arms: Mapping[str, Sequence[Sample]], part: str, defect: str, size: int) -> Task:
+    """As `factory_task`, with an arm for each set of pairs, alone and with the `real` pictures."""
+    real = _trained_on(part, defect, size)
+    given = {name: _loaded(samples, size).marked() for name, samples in arms.items()}
+    joined = {f"real + {name}": real.joined(material) for name, material in given.items()}
+    return _factory({"real": real, **given, **joined}, part, defect, size)
+
+
+def _factory(arms: dict[str, Material], part: str, defect: str, size: int) -> Task:
     return Task(
-        {**_arms(real, generated), "ceiling": ceiling},
+        arms,
         _made(part, None, GOOD_SEED, GOOD, size).images,
         _made(part, defect, TEST_SEED, TEST, size),
         _made(part, None, TEST_GOOD_SEED, TEST, size).images,
     )
+
+
+def _trained_on(part: str, defect: str, size: int) -> Material:
+    with tempfile.TemporaryDirectory() as folder:
+        return _loaded(training_samples(Path(folder), part, defect), size)
 
 
 def training_samples(folder: Path, part: str, defect: str) -> list[Sample]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dualdiff_engine.adapters import verdicts
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.ops import Ops
@@ -62,12 +63,12 @@ StepCallback = Callable[[int, Tensor, dict[str, Tensor]], dict[str, Tensor] | No
 class Run:
     """The parts that draw pairs with one adapter.
 
-    text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class
-    name. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height, width)
-    in pixels and scheduler: the base model's own. trained_background: whether the adapter needs a
-    background. prompts: drawn when a caller names none. is_active: whether the adapter is still the
-    one that the denoiser holds. interrupted: whether to stop after this step. busy: held while
-    networks run. batches: which batches fitted into memory.
+    text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class name
+    and options. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height,
+    width) in pixels and scheduler: the base model's own. trained_background: whether the adapter
+    needs a background. prompts: drawn when a caller names none. is_active: whether the adapter is
+    still the one that the denoiser holds. interrupted: whether to stop after this step. busy: held
+    while networks run. batches: which batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -75,7 +76,7 @@ class Run:
     text_encoder: TextEncoder
     text_weights: Mapping[str, Tensor]
     vae: Any
-    make_scheduler: Callable[[str], Any]
+    make_scheduler: Callable[[str, Mapping[str, Any]], Any]
     make_noiser: Callable[[], Any]
     banks: BankStore
     device: torch.device
@@ -203,7 +204,7 @@ def check(
     _check_background(run, with_background, background_noise)
     chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
     size = _latent_size(chosen, run.pixels_per_latent)
-    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler), chosen.steps)
+    schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler, chosen.schedule), chosen.steps)
     given = Given.of(latents, background_latents, background_noise, schedule.calls, size)
     pairs = _seeds(n, seeds, given.latents, placement)
     batch = batch_of(batch, run.max_batch, len(pairs))
@@ -211,11 +212,13 @@ def check(
     around = canvases if own and canvases else backgrounds.listed(background, len(pairs))
     surroundings = _surroundings(around, chosen, given)
     parsed = run.prompts if prompts is None else Prompts.of(prompts)
-    source = check_mask_source(mask, placed=canvases is not None)
-    acceptance = Acceptance.of(accept, attempts, placed=canvases is not None)
+    placed = canvases is not None
+    source = check_mask_source(mask, placed=placed)
+    acceptance = Acceptance.of(accept, attempts, placed=placed)
     shared = describe(
-        run.facts, chosen, parsed, given.names, str(segmenter) if segmenter else None, source,
-        acceptance.record() if acceptance else None,
+        run.facts, chosen, parsed, given.names, segmenter, schedule.calls,
+        preset=verdicts.of_run(run.facts.base, run.facts.adapter, chosen, placed=placed),
+        mask_source=source, accept=acceptance.record() if acceptance else None,
     )  # fmt: skip
     recipes = _recipes(shared, surroundings, canvases)
     if given.latents is not None and (resume or acceptance):

@@ -87,12 +87,31 @@ def test_tables(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        ([], 100), (["--background"], 50), (["--preset", "released"], 101),
+        (["--preset", "released", "--background"], 51), (["--preset", "fast"], 20),
+        (["--preset", "fast", "--calls", "25"], 25),
+    ],
+)  # fmt: skip
+def test_a_preset_gives_the_calls(arguments: list[str], calls: int) -> None:
+    assert cli._case(cli.parser().parse_args(arguments), on_gpu=False).steps == calls
+
+
+def test_the_case_line_names_the_preset(record: dict[str, Any]) -> None:
+    assert "schedule of 50 calls;" in report.headline(record)
+    case = {**record["case"], "steps": 20, "preset": "fast"}
+    assert "schedule of 20 calls (preset fast);" in report.headline({**record, "case": case})
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch must be at least 1"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--size", "65"], "--size a multiple of 8"),
-        (["--steps", "0"], "--steps must be 1 to 1000"),
+        (["--calls", "0"], "--calls must be 1 to 1000"),
+        (["--steps", "1001"], "--calls must be 1 to 1000"),
         (["--guidance", "1"], "--guidance must be above 1"),
         (["--dtype", "int8"], "no dtype 'int8': choose one of float32"),
         (["--dtype", "float16", "--device", "cpu"], "float16 on a CPU is emulated"),

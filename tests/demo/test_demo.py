@@ -120,8 +120,8 @@ def test_generate_takes_a_demo_and_the_users_choices(tmp_path: Path) -> None:
     [
         (["--demo", "gear/dent"], "no demo 'gear/dent': choose one of washer/chip"),
         (["--demo", "tile/chip", "--base", "x"], "leave out --base and --adapter"),
-        ([], "pass --base and --adapter, or --demo"),
-        (["--base", "x"], "pass --base and --adapter, or --demo"),
+        ([], "pass --base and --adapter, --base with a bundle, or --demo"),
+        (["--base", "x"], "pass --adapter: x is not a bundle"),
     ],
 )
 def test_unusable_choices_are_told_before_anything_is_written(

@@ -61,6 +61,16 @@ def test_background_pictures(bundle: Any, engine_of: Any) -> None:
     assert float((ours[0].image - eager[0].image).abs().max()) <= PICTURES
 
 
+def test_a_preset(bundle: Any, dual: Engine) -> None:
+    options: dict[str, Any] = {"preset": "draft", "output_type": "pt"}
+    ours, eager = (
+        e.generate([4], **options)[0] for e in (Engine.from_bundle(bundle("dual")), dual)
+    )
+    assert ours.recipe["calls"] == 10
+    assert ours.recipe["preset"] == {"name": "draft", "gate": "not measured"}
+    assert float((ours.image - eager.image).abs().max()) <= PICTURES
+
+
 def test_placements(bundle: Any, engine_of: Any) -> None:
     """A picture per pair, and with background a background per pair, in one batch."""
     import numpy as np

@@ -189,17 +189,18 @@ class Manifests(Kind):
         """Afterwards every seed has one row of this recipe, and its pictures are that seed's."""
         root, recipe = folder / "out", self.pairs[THERE[0]].recipe
         with FolderWriter(root) as writer:
-            for missing in writer.missing(recipe, ASKED, free=False):
+            for _, missing in writer.missing([recipe], ASKED, free=False):
                 writer.write(self.pairs[missing])
         rows = [json.loads(line) for line in (root / MANIFEST).read_bytes().splitlines()]
         found = sorted(row["seed"] for row in rows)
         assert found == list(ASKED), f"the folder holds the seeds {found}"
         for row in rows:
             for kind in PICTURES:
-                with Image.open(root / row["files"][kind]) as picture:
+                path = root / kind / f"{row['index']:05d}.png"
+                with Image.open(path) as picture:
                     wanted = getattr(self.pairs[row["seed"]], kind)
                     same = picture.tobytes() == wanted.tobytes()
-                assert same, f"{row['files'][kind]} is not the {kind} of seed {row['seed']}"
+                assert same, f"{path} is not the {kind} of seed {row['seed']}"
 
 
 class States(Kind):
