@@ -22,7 +22,6 @@ from dualdiff_engine.evaluation.downstream import DownstreamOptions, run
 from dualdiff_engine.evaluation.tasks import GOOD, GOOD_SEED, arms_task
 from dualdiff_engine.folder_writer import MANIFEST, FolderWriter
 from dualdiff_engine.pair import versions
-from dualdiff_engine.settings import Placement
 
 FILE = "downstream-placed.json"
 COUNT = 60
@@ -86,12 +85,10 @@ def draw(
 ) -> None:
     """Fill a folder with a pair on each of `count` good parts, in regions as in training."""
     from dualdiff_engine.cli.demo import statistics
-    from dualdiff_engine.demo.factory.samples import make
     from dualdiff_engine.engine import Engine
 
     like = statistics(preset.name)
-    parts = [make(preset.part, seed=GOOD_SEED + n) for n in range(count)]
-    placements = [Placement(part.image, like, part.object_mask, **how) for part in parts]
+    placements = [preset.placement(GOOD_SEED + n, like, **how) for n in range(count)]
     options = {**SAMPLING, "prompts": preset.prompts, **accept}
     with (
         FolderWriter(folder) as writer,

@@ -15,11 +15,12 @@ from PIL import Image
 from dualdiff_engine.cli.interrupt import clean_stop
 from dualdiff_engine.demo.presets import BASE, PRESETS, SAMPLING, find
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.settings import Placement, Sampling, require_seed
+from dualdiff_engine.settings import Sampling, require_seed
 
 if TYPE_CHECKING:
     from dualdiff_engine.pair import Pair
     from dualdiff_engine.pipeline.regions import RegionStatistics
+    from dualdiff_engine.settings import Placement
 
 SHEET = "sheet.png"
 COLUMNS = 8
@@ -139,16 +140,17 @@ def _draw(
                     break
                 preset = PRESETS[name]
                 engine.load_adapter(preset.adapter, name)
-                parts = _good_parts(name, seeds)
+                placements = _placements(name, seeds)
                 options = {
                     **SAMPLING, **PLACED, **chosen,
-                    "prompts": preset.prompts, "placement": list(parts.values()),
+                    "prompts": preset.prompts, "placement": list(placements.values()),
                 }  # fmt: skip
                 stream = engine.stream(seeds, **options, resume=writer, progress=progress)
                 with closing(stream) as pairs:
                     for pair in pairs:
                         writer.write(pair)
-                        drawn.append((name, parts[pair.seed].picture, pair))
+                        good = Image.fromarray(placements[pair.seed].picture)
+                        drawn.append((name, good, pair))
                 engine.unload_adapter(name)
     return drawn, stopped.code
 
@@ -163,17 +165,12 @@ def _shared_out(count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
         start += share
 
 
-def _good_parts(name: str, seeds: list[int]) -> dict[int, Placement]:
-    """Seed -> where its defect goes: on a good part of its own, in a region as in training."""
-    from dualdiff_engine.demo.factory.samples import make
-
-    like, part = statistics(name), PRESETS[name].part
-    found = {}
-    for seed in seeds:
-        good = make(part, seed=(CANVAS_SEED + seed) % 2**63)
-        picture = Image.fromarray(good.image)
-        found[seed] = Placement(picture, like, good.object_mask, paste="mask")
-    return found
+def _placements(name: str, seeds: list[int]) -> dict[int, Placement]:
+    """Seed -> a good part of its own, and on it a region like those of the adapter's training."""
+    like, preset = statistics(name), PRESETS[name]
+    return {
+        seed: preset.placement((CANVAS_SEED + seed) % 2**63, like, paste="mask") for seed in seeds
+    }
 
 
 def _sheet(drawn: list[Drawn]) -> Image.Image:

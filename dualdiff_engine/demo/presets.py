@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.settings import Background, Prompts
+from dualdiff_engine.settings import Background, Placement, Prompts
 
 MODEL = Path(__file__).parent / "model"
 BASE = MODEL / "base"
@@ -62,6 +62,15 @@ class Preset:
             part = make(self.part, seed=background_seed)
             chosen["background"] = Background(part.image, part.object_mask, "fixed")
         return chosen
+
+    def placement(self, seed: int, region: Any, **how: Any) -> Placement:
+        """On the good part that the factory makes of a seed; region and how: as in `Placement`."""
+        from dualdiff_engine.demo.factory.samples import make
+
+        part = make(self.part, seed=seed)
+        # a texture has no surroundings
+        object_mask = "all" if part.object_mask.all() else part.object_mask
+        return Placement(part.image, region, object_mask, **how)
 
 
 PRESETS = {
