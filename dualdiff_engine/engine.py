@@ -485,6 +485,7 @@ class Engine:
             scheduler=type(self.base.scheduler).__name__,
             adapter=name,
             trained_background=resident.summary.background,
+            window=resident.summary.window,
             prompts=resident.prompts,
             facts=facts,
             # by content: another file may have been loaded under the name

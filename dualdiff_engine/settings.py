@@ -358,7 +358,8 @@ class Placement:
     pixel around it, so what the mask calls normal is; "none" (or False): all are the decoder's.
     window: None: the whole picture is drawn, at the size of the run. Else only a window around the
     region is, and the pair has the picture's size: the shorter side of the window over the longer
-    side of the region's bounding box, 1 or more; "auto": 2, and no less than the size of the run.
+    side of the region's bounding box, 1 or more; "auto": as the adapter was trained, if that was on
+    windows; else 2, and no less than the size of the run.
     """
 
     picture: Any

@@ -435,6 +435,7 @@ def inspect(
     summary["context_width"] = ", ".join(map(str, summary["context_width"]))
     summary["parameters"] = f"{summary['parameters']:,}"
     summary["background"] = "needed; learnt blend weight per site:" if blend else "none"
+    summary["window"] = summary["window"] or "none: whole pictures, or not recorded"
     summary["fits"] = base or "not checked: pass --base"
     for name in settings.MEASURED:
         summary[f"preset {name}"] = verdicts.line(presets.get(name))

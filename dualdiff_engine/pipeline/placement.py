@@ -25,7 +25,7 @@ from dualdiff_engine.pipeline.blend import Blend, Level
 from dualdiff_engine.pipeline.encode import PictureLatents, digest
 from dualdiff_engine.pipeline.regions import RegionStatistics, find_object, sample_region
 from dualdiff_engine.pipeline.window import View, Whole, check_room, require_fit
-from dualdiff_engine.settings import Background, Placement
+from dualdiff_engine.settings import Background, Placement, WindowRatio
 
 Bytes = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -143,8 +143,9 @@ class Canvases:
     """The canvases of a run: every placement is checked once, and opened again for its batches.
 
     placements: one per pair, or one for all. size: (height, width) in pixels; step: pixels per
-    latent pixel. need_object: whether the background is made of the pictures. Raises SettingsError
-    for the first placement that cannot be used.
+    latent pixel. need_object: whether the background is made of the pictures. auto: the ratio that
+    the adapter was trained with, for windows that are "auto". Raises SettingsError for the first
+    placement that cannot be used.
     """
 
     def __init__(
@@ -154,9 +155,10 @@ class Canvases:
         step: int,
         *,
         need_object: bool,
+        auto: float | None = None,
     ) -> None:
         self._placements, self._size, self._step = tuple(placements), size, step
-        self._need_object = need_object
+        self._need_object, self._auto = need_object, auto
         self._open: OrderedDict[int, Opened | Whole] = OrderedDict()
         self._known: dict[int, dict[str, Any]] = {}
         for index, placement in enumerate(self._placements):
@@ -197,7 +199,7 @@ class Canvases:
             drawn = sample_region(opened.object_mask, statistics, seed, least=step**2)
             return replace(opened, region=drawn > 0)
         assert placement.window is not None
-        around = self._size, placement.window, placement.edge * step
+        around = self._size, self._ratio(placement), placement.edge * step
         if isinstance(statistics, RegionStatistics):
             view = opened.sampled_view(statistics, seed, *around, step)
         else:
@@ -244,7 +246,8 @@ class Canvases:
                 fresh = opened(placement, name, self._size, self._step, need_object)
             else:
                 fresh = self._whole(placement, name, need_object)
-            record = _record(placement, fresh)
+            window = None if placement.window is None else self._ratio(placement)
+            record = _record(placement, fresh, window)
             if self._known.setdefault(key, record) != record:
                 raise SettingsError(
                     f"{name} changed since the run began: leave its files as they are"
@@ -258,6 +261,14 @@ class Canvases:
             self._open.popitem(last=False)
         return self._open[key]
 
+    def _ratio(self, placement: Placement) -> WindowRatio:
+        """Of a window: "auto" is that of the adapter's training, if it was one of windows."""
+        assert placement.window is not None
+        if placement.window != "auto" or self._auto is None:
+            return placement.window
+        shorter = min(self._size)
+        return max(self._auto, shorter / (shorter - 2 * placement.edge * self._step))
+
     def _whole(self, placement: Placement, name: str, need_object: bool) -> Whole:
         """Of a placement with a window, which is checked too. Raises SettingsError."""
         whole, ratio = opened_whole(placement, name, need_object), placement.window
@@ -266,7 +277,8 @@ class Canvases:
             box = whole.region.getbbox()
             assert box is not None, "the region was checked"
             require_fit(name, box, whole.picture.size, self._size, ratio)
-            view = whole.view(whole.region, self._size, ratio, placement.edge * self._step)
+            edge = placement.edge * self._step
+            view = whole.view(whole.region, self._size, self._ratio(placement), edge)
             drawn = _cut(whole, view, self._size)
             assert drawn.region is not None
             _require_on_object(name, drawn.region, drawn.object_mask)
@@ -274,7 +286,9 @@ class Canvases:
         return whole
 
 
-def _record(placement: Placement, opened: Opened | Whole) -> dict[str, Any]:
+def _record(
+    placement: Placement, opened: Opened | Whole, window: WindowRatio | None
+) -> dict[str, Any]:
     """The placement's part of a recipe."""
     pictures = {
         "picture": opened.picture,
@@ -291,7 +305,7 @@ def _record(placement: Placement, opened: Opened | Whole) -> dict[str, Any]:
         "edge": placement.edge,
         "paste": placement.paste,
         # recipes of whole pictures are those of older versions
-        **({} if placement.window is None else {"window": placement.window}),
+        **({} if window is None else {"window": window}),
     }
 
 
