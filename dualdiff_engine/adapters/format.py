@@ -170,7 +170,7 @@ def convert(source: str | Path, target: str | Path) -> Adapter:
 
 def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:
     """Names -> structure; every site complete, every shape consistent. Raises AdapterError."""
-    tensors = _unwrapped(tensors)
+    tensors, given = _unwrapped(tensors)
     site_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     chained: set[str] = set()
     text_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -186,7 +186,7 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         elif match := _TEXT_KEY.fullmatch(name):
             text_parts[match["layer"]][name.rpartition("self_attn.")[2]] = tensor
         else:
-            raise AdapterError(_foreign(name))
+            raise AdapterError(_foreign(given[name]))
     if not site_parts:
         raise AdapterError(
             f"{next(iter(tensors), 'the file')}: no UNet attention weights found; not a "
@@ -213,9 +213,12 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
     )
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DistributedDataParallel, `torch.compile` and others add to them."""
+def _unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """By names without what DistributedDataParallel, `torch.compile` and others add: tensors, and
+    their names in the file.
+    """
     plain: dict[str, Tensor] = {}
+    given: dict[str, str] = {}
     for name, tensor in tensors.items():
         own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         own = _PEFT.sub("", own)
@@ -223,8 +226,8 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise AdapterError(
                 f"{own} occurs twice, with and without {' or '.join(_WRAPPERS)}: keep one of them"
             )
-        plain[own] = tensor
-    return plain
+        plain[own], given[own] = tensor, name
+    return plain, given
 
 
 def _known_part(part: str) -> bool:

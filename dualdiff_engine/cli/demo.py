@@ -27,7 +27,7 @@ COLUMNS = 8
 # of the good parts in the factory; no adapter was trained or tested on them
 CANVAS_SEED = 6_000_000
 # a pair without a defect that one can see and that the mask shows is drawn again
-PLACED = {"accept": "default", "attempts": 4}
+PLACED = {"accept": "default", "attempts": 8}
 
 # preset, good part, and the pair on it
 Drawn = tuple[str, Image.Image, "Pair"]
