@@ -186,7 +186,7 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         elif match := _TEXT_KEY.fullmatch(name):
             text_parts[match["layer"]][name.rpartition("self_attn.")[2]] = tensor
         else:
-            raise AdapterError(_foreign(given[name]))
+            raise AdapterError(_foreign(name, given[name]))
     if not site_parts:
         raise AdapterError(
             f"{next(iter(tensors), 'the file')}: no UNet attention weights found; not a "
@@ -239,10 +239,13 @@ def _prefix(site: str, chained: bool) -> str:
     return f"unet.{site}.processor" + (".chained_proc" if chained else "")
 
 
-def _foreign(name: str) -> str:
-    """The message for a foreign tensor name, with the family it seems to come from."""
+def _foreign(unwrapped: str, name: str) -> str:
+    """The message for a foreign tensor, with the family it seems to come from.
+
+    unwrapped: its name without wrappers. name: in the file.
+    """
     for pattern, family in _FAMILIES.items():
-        if re.match(pattern, name):
+        if re.match(pattern, unwrapped):
             return f"{name}: this is {family}, not a two-branch DualAnoDiff adapter: {_USE_OURS}"
     if match := re.match(r"(.+?\.)(unet|text_encoder)\.", name):
         return (
