@@ -489,7 +489,7 @@ def copy_of_base(folder: Path) -> Path:
         ("unet/config.json", b"[]", "is not a JSON object"),
         ("vae/diffusion_pytorch_model.safetensors", None, "has no diffusion_pytorch_model"),
         ("text_encoder/model.safetensors", None, "has no model.safetensors: download"),
-        ("tokenizer/vocab.json", None, "tokenizer cannot be loaded"),
+        ("tokenizer/vocab.json", None, "vocab.json is missing: download"),
         (
             "scheduler/scheduler_config.json",
             b'{"_class_name": "os"}',

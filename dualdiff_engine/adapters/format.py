@@ -176,7 +176,7 @@ def convert(source: str | Path, target: str | Path) -> Adapter:
 
 def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:
     """Names -> structure; every site complete, every shape consistent. Raises AdapterError."""
-    tensors = _unwrapped(tensors)
+    tensors, given = _unwrapped(tensors)
     site_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     chained: set[str] = set()
     text_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -192,7 +192,7 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         elif match := _TEXT_KEY.fullmatch(name):
             text_parts[match["layer"]][name.rpartition("self_attn.")[2]] = tensor
         else:
-            raise AdapterError(_foreign(name))
+            raise AdapterError(_foreign(name, given[name]))
     if not site_parts:
         raise AdapterError(
             f"{next(iter(tensors), 'the file')}: no UNet attention weights found; not a "
@@ -219,9 +219,12 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
     )
 
 
-def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DistributedDataParallel, `torch.compile` and others add to them."""
+def _unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """By names without what DistributedDataParallel, `torch.compile` and others add: tensors, and
+    their names in the file.
+    """
     plain: dict[str, Tensor] = {}
+    given: dict[str, str] = {}
     for name, tensor in tensors.items():
         own = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         own = _PEFT.sub("", own)
@@ -229,8 +232,8 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise AdapterError(
                 f"{own} occurs twice, with and without {' or '.join(_WRAPPERS)}: keep one of them"
             )
-        plain[own] = tensor
-    return plain
+        plain[own], given[own] = tensor, name
+    return plain, given
 
 
 def _known_part(part: str) -> bool:
@@ -242,10 +245,13 @@ def _prefix(site: str, chained: bool) -> str:
     return f"unet.{site}.processor" + (".chained_proc" if chained else "")
 
 
-def _foreign(name: str) -> str:
-    """The message for a foreign tensor name, with the family it seems to come from."""
+def _foreign(unwrapped: str, name: str) -> str:
+    """The message for a foreign tensor, with the family it seems to come from.
+
+    unwrapped: its name without wrappers. name: in the file.
+    """
     for pattern, family in _FAMILIES.items():
-        if re.match(pattern, name):
+        if re.match(pattern, unwrapped):
             return f"{name}: this is {family}, not a two-branch DualAnoDiff adapter: {_USE_OURS}"
     if match := re.match(r"(.+?\.)(unet|text_encoder)\.", name):
         return (

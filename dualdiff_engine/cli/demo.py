@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from PIL import Image
 
 from dualdiff_engine.cli.interrupt import clean_stop
 from dualdiff_engine.demo.presets import BASE, PRESETS, SAMPLING, find
@@ -18,19 +17,21 @@ from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import Sampling, require_seed
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from dualdiff_engine.pair import Pair
     from dualdiff_engine.pipeline.regions import RegionStatistics
     from dualdiff_engine.settings import Placement
+
+    # preset, good part, and the pair on it
+    Drawn = tuple[str, Image.Image, Pair]
 
 SHEET = "sheet.png"
 COLUMNS = 8
 # of the good parts in the factory; no adapter was trained or tested on them
 CANVAS_SEED = 6_000_000
 # a pair without a defect that one can see and that the mask shows is drawn again
-PLACED = {"accept": "default", "attempts": 4}
-
-# preset, good part, and the pair on it
-Drawn = tuple[str, Image.Image, "Pair"]
+PLACED = {"accept": "default", "attempts": 8}
 
 Name = Annotated[str | None, typer.Option(help=f"Use the demo model: {', '.join(PRESETS)}.")]
 
@@ -125,6 +126,8 @@ def _draw(
     out: Path, count: int, seed: int, chosen: dict[str, Any], device: str, progress: bool
 ) -> tuple[list[Drawn], int]:
     """Pairs of all presets, each on disk when the next is drawn; the exit code of a stop, or 0."""
+    from PIL import Image
+
     from dualdiff_engine.folder_writer import FolderWriter
 
     drawn: list[Drawn] = []
