@@ -127,10 +127,9 @@ class Canvas:
             mask = np.where(weight > 0, mask, np.uint8(0))
         if paste == "mask":
             weight = weight * edge_weight(mask > 0, MASK_EDGE * self.step * view.scale)
-        drawn = (x.permute(1, 2, 0).numpy() for x in (image, anomaly))
         return (
-            view.with_drawn(next(drawn), weight, black=False),
-            view.with_drawn(next(drawn), weight, black=True),
+            view.with_drawn(image.permute(1, 2, 0).numpy(), weight, black=False),
+            view.with_drawn(anomaly.permute(1, 2, 0).numpy(), weight, black=True),
             view.with_mask(mask),
         )
 
