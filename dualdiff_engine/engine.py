@@ -332,7 +332,7 @@ class Engine:
             background: The surroundings to keep, for adapters trained with a background; one for
                 all pairs, or one per pair. Default with a placement: its picture, object black.
             placement: Where the defect goes, on which normal picture; one for all pairs, or one per
-                pair. All else stays as in the picture.
+                pair. All else stays as in the picture. With a window, the pair has its size.
             latents: [n, 2, 4, h, w] in place of the draws; standard normal.
             background_latents: [2, 4, h, w] (uncond, cond) in place of the encoded background.
             background_noise: [calls, 2, 4, h, w] in place of the draws.
@@ -485,6 +485,7 @@ class Engine:
             scheduler=type(self.base.scheduler).__name__,
             adapter=name,
             trained_background=resident.summary.background,
+            window=resident.summary.window,
             prompts=resident.prompts,
             facts=facts,
             # by content: another file may have been loaded under the name

@@ -19,7 +19,7 @@ from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import ChosenSampling, Prompts
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-_PER_PAIR = {"seed", "mask", "attempt"}
+_PER_PAIR = {"seed", "mask", "attempt", "window"}
 # calls follow from the sampling; a preset is a name for values that the sampling holds
 _CIRCUMSTANCES = {"versions", "device", "backends", "calls", "preset"}
 # what pairs of one run may have of their own
@@ -95,6 +95,14 @@ def present(picture: Tensor, output_type: str) -> Any:
     if output_type == "pil":
         return Image.fromarray(to_uint8(picture))
     return picture.permute(1, 2, 0).numpy() if output_type == "np" else picture
+
+
+def present_bytes(pixels: np.ndarray, output_type: str) -> Any:
+    """uint8 [H, W, 3] as the output type asked for."""
+    if output_type == "pil":
+        return Image.fromarray(pixels)
+    levels = pixels.astype(np.float32) / 255
+    return levels if output_type == "np" else torch.from_numpy(levels).permute(2, 0, 1)
 
 
 def present_mask(mask: np.ndarray, output_type: str) -> Any:

@@ -337,9 +337,11 @@ class Background:
                 raise SettingsError(f"background {name}: no file {str(value)!r}")
 
 
-# more would leave nothing of most pictures
 PASTES = ("none", "region", "mask")
+# more would leave nothing of most pictures
 MOST_EDGE = 16
+# the window's side over the region's
+WindowRatio = float | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -354,6 +356,10 @@ class Placement:
     each in Stable Diffusion), 0 to 16. paste: "region" (or True): pixels outside region and edge
     are the normal picture's own; "mask": those outside the mask of the defect and half a latent
     pixel around it, so what the mask calls normal is; "none" (or False): all are the decoder's.
+    window: None: the whole picture is drawn, at the size of the run. Else only a window around the
+    region is, and the pair has the picture's size: the shorter side of the window over the longer
+    side of the region's bounding box, 1 or more; "auto": as the adapter was trained, if that was on
+    windows; else 2, and no less than the size of the run.
     """
 
     picture: Any
@@ -361,6 +367,7 @@ class Placement:
     object_mask: Any = None
     edge: float = 2.0
     paste: bool | str = True
+    window: WindowRatio | None = None
 
     def __post_init__(self) -> None:
         real = isinstance(self.edge, numbers.Real) and not isinstance(self.edge, bool)
@@ -376,12 +383,27 @@ class Placement:
             named in PASTES, f"placement paste must be one of {', '.join(PASTES)}, got {named!r}"
         )
         object.__setattr__(self, "paste", named)
+        object.__setattr__(self, "window", window_of(self.window))
         _require(self.region is not None, "placement region is None: pass a picture of it")
         for name in ("picture", "region", "object_mask"):
             value = getattr(self, name)
             named = isinstance(value, str | Path) and not (name == "object_mask" and value == "all")
             if named and not Path(value).is_file():
                 raise SettingsError(f"placement {name}: no file {str(value)!r}")
+
+
+def window_of(value: object) -> WindowRatio | None:
+    """A `Placement.window`, checked. Raises SettingsError."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value  # type: ignore[return-value]
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number: Any = value if real else math.nan
+    _require(
+        1 <= number < math.inf,
+        "placement window must be 'auto' or 1 and more (its side over the region's), got "
+        f"{value!r}",
+    )
+    return float(number)
 
 
 def require_seed(seed: object, name: str = "seed") -> int:

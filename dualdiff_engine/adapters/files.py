@@ -31,6 +31,8 @@ from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.files import sha256_of, written_whole
 
 STEM = "pytorch_lora_weights"
+# of a file's metadata
+WINDOW = "dualdiff_window"
 
 # an SD-1.5 adapter with background and rank 128 is 0.75 GB in fp32; four times that is too much
 MAX_FILE_BYTES = 3 << 30
@@ -136,8 +138,24 @@ def sha256(path: Path) -> str:
         return sha256_of(path)
 
 
-def write(path: Path, tensors: dict[str, Tensor]) -> None:
+def window(path: Path) -> float | None:
+    """The ratio of the windows that a file's adapter was trained on (`dualdiff train --window`)."""
+    if path.suffix != ".safetensors":
+        return None
+    with _readable(path):
+        metadata = _header(path)[0].get("__metadata__")
+    try:
+        ratio = float(metadata[WINDOW]) if isinstance(metadata, dict) else math.nan
+    except (KeyError, TypeError, ValueError):
+        # of another program, or damaged: the adapter itself is whole
+        return None
+    return ratio if 1 <= ratio <= 1000 else None
+
+
+def write(path: Path, tensors: dict[str, Tensor], window: float | None = None) -> None:
     """Write `.safetensors` so that a crash leaves the old file or none.
+
+    window: the ratio of the windows that the adapter was trained on.
 
     Raises AdapterError, before anything is written, for NaN or infinity, and OutputError.
     """
@@ -150,7 +168,8 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     # safetensors refuses shared memory, and would lose the sign of a negated view
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     with written_whole(path) as partial:
-        save_file(own, partial, {"format": "pt"})
+        # one entry: safetensors writes several in any order, and equal runs give equal files
+        save_file(own, partial, {"format": "pt"} if window is None else {WINDOW: str(window)})
 
 
 def _check_header(path: Path) -> None:

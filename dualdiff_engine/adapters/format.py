@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -103,7 +103,10 @@ class SiteAdapter:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A validated adapter: sites by module path in the UNet, text LoRA by module path."""
+    """A validated adapter: sites by module path in the UNet, text LoRA by module path.
+
+    window: the ratio of the windows that it was trained on; None: whole pictures, or not known.
+    """
 
     sites: Mapping[str, SiteAdapter]
     text: Mapping[str, Mapping[str, LowRank]]
@@ -111,6 +114,7 @@ class Adapter:
     parameters: int
     sha256: str = ""
     source: str = ""
+    window: float | None = None
 
     @property
     def has_background(self) -> bool:
@@ -132,7 +136,8 @@ def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
             complete DualAnoDiff adapter; the message names the tensor.
     """
     path = files.find(source, allow_pickle=allow_pickle)
-    return parse(files.read(path), source=str(path), sha256=files.sha256(path))
+    loaded = parse(files.read(path), source=str(path), sha256=files.sha256(path))
+    return replace(loaded, window=files.window(path))
 
 
 def default_name(source: str | Path) -> str:
@@ -162,10 +167,11 @@ def convert(source: str | Path, target: str | Path) -> Adapter:
     if target.suffix != ".safetensors":
         raise AdapterError(f"{str(target)!r} must end in .safetensors")
     path = files.find(source, allow_pickle=True)
-    tensors = files.read(path)
+    tensors, window = files.read(path), files.window(path)
     parse(tensors, source=str(path))
-    files.write(target, tensors)
-    return parse(tensors, source=str(target), sha256=files.sha256(target))
+    files.write(target, tensors, window)
+    loaded = parse(tensors, source=str(target), sha256=files.sha256(target))
+    return replace(loaded, window=window)
 
 
 def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:
@@ -400,6 +406,7 @@ class AdapterSummary:
     file: its path. rank: of all LoRA. sites: how many. background: whether it needs one. blend: the
     learnt share of the background per site. text_encoder_layers: how many carry LoRA.
     context_width: of the prompts that it reads. base: the family of base models that it fits.
+    window: as in `Adapter`.
     """
 
     file: str
@@ -413,6 +420,7 @@ class AdapterSummary:
     parameters: int
     context_width: list[int]
     base: str
+    window: float | None = None
 
 
 def summary(adapter: Adapter) -> AdapterSummary:
@@ -434,4 +442,5 @@ def summary(adapter: Adapter) -> AdapterSummary:
         parameters=adapter.parameters,
         context_width=widths,
         base=", ".join(families.get(w, f"a model with text width {w}") for w in widths),
+        window=adapter.window,
     )

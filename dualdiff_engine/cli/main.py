@@ -72,6 +72,7 @@ from dualdiff_engine.cli.placement import (
     PlacementOptions,
     Region,
     RegionMasks,
+    WindowRatio,
     bounds_of,
     repeated,
 )
@@ -103,6 +104,7 @@ _REMEDIES = {
     "background=Background(…)": "--background PICTURE",
     "pass object_mask, or object_mask='all'": "pass --object-mask MASK, or --object-mask all",
     "exported=FOLDER": "--exported FOLDER",
+    "leave out window": "leave out --window",
     "pass trust=True (--trust)": "pass --trust",
 }
 # `UsageError` of the click that this typer uses, its own copy or the package
@@ -216,6 +218,7 @@ def generate(
     region_masks: RegionMasks = None,
     edge: Edge = None,
     paste: Paste = None,
+    window: WindowRatio = None,
     background: Picture = None,
     object_mask: ObjectMask = None,
     background_noise: Noise = None,
@@ -247,7 +250,7 @@ def generate(
         noise_seed=background_noise_seed,
     )
     placing = PlacementOptions(
-        picture, region, region_masks, object_mask if of_pictures else None, edge, paste
+        picture, region, region_masks, object_mask if of_pictures else None, edge, paste, window
     )
     placements = placing.placements(partial(demos.statistics, demo) if demo else None)
     chosen = _chosen_seeds(count, seeds, seed, len(placements) or 1)
@@ -432,6 +435,7 @@ def inspect(
     summary["context_width"] = ", ".join(map(str, summary["context_width"]))
     summary["parameters"] = f"{summary['parameters']:,}"
     summary["background"] = "needed; learnt blend weight per site:" if blend else "none"
+    summary["window"] = summary["window"] or "none: whole pictures, or not recorded"
     summary["fits"] = base or "not checked: pass --base"
     for name in settings.MEASURED:
         summary[f"preset {name}"] = verdicts.line(presets.get(name))

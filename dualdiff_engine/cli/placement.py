@@ -51,7 +51,15 @@ Paste = Annotated[
         "region)."
     ),
 ]
-
+WindowRatio = Annotated[
+    str | None,
+    typer.Option(
+        "--window",
+        help="Draw only a window around the region, into pictures of the pictures' own size: auto, "
+        "or the window's side over the region's, for example 2.5. Default: the whole picture, "
+        "resized.",
+    ),
+]
 
 MaskFrom = Annotated[
     Literal["anomaly", "change", "both"],
@@ -86,6 +94,7 @@ class PlacementOptions:
     object_mask: str | None
     edge: float | None
     paste: str | None
+    window: str | None
 
     def placements(self, statistics: Callable[[], RegionStatistics] | None) -> list[Placement]:
         """One per picture; none without pictures.
@@ -98,7 +107,8 @@ class PlacementOptions:
             return []
         found = pictures_of(self.pictures)
         sampled = None if self.region is not None else self._statistics(statistics)
-        chosen: dict[str, Any] = {"edge": self.edge, "paste": self.paste}
+        window = None if self.window is None else _window_of(self.window)
+        chosen: dict[str, Any] = {"edge": self.edge, "paste": self.paste, "window": window}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         return [
             Placement(
@@ -116,6 +126,7 @@ class PlacementOptions:
             "--region-masks": self.region_masks,
             "--edge": self.edge,
             "--paste": self.paste,
+            "--window": self.window,
         }
         for name, value in given.items():
             if value is not None:
@@ -136,6 +147,18 @@ class PlacementOptions:
                 "real defects, and regions like them are sampled on the object"
             )
         return known()
+
+
+def _window_of(text: str) -> str | float:
+    """A `Placement.window`. Raises SettingsError for what is neither auto nor a number."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SettingsError(
+            f"--window must be auto or a number such as 2.5, got {text!r}"
+        ) from error
 
 
 def repeated(placements: Sequence[Placement], chosen: Mapping[str, Any]) -> list[Placement] | None:

@@ -36,6 +36,13 @@ Accumulate = Annotated[int, typer.Option(help="Forward passes per optimizer step
 Size = Annotated[
     int | None, typer.Option(help="Side of the pictures in pixels (default: the base model's).")
 ]
+Window = Annotated[
+    float | None,
+    typer.Option(
+        help="Train on windows around the defects: the window's side over the defect's, for "
+        "example 2.5 (default: whole pictures)."
+    ),
+]
 Dropout = Annotated[float, typer.Option(help="Probability of training with empty prompts.")]
 Flips = Annotated[Literal["none", "horizontal", "vertical", "both"], typer.Option()]
 Dtype = Annotated[
@@ -68,6 +75,7 @@ def train(
         int, typer.Option(help="Inner width of the background's affine maps.")
     ] = 320,
     size: Size = None,
+    window: Window = None,
     flips: Flips = "both",
     latents: Annotated[
         Literal["sample", "mean"],

@@ -49,10 +49,17 @@ def opened(background: Background) -> Background:
 def cut_out(background: Background, height: int, width: int) -> np.ndarray:
     """The surroundings alone, uint8 [height, width, 3]: object pixels black."""
     background = opened(background)
-    pixels = np.array(background.picture.resize((width, height), Image.Resampling.BICUBIC))
-    if background.object_mask is not None:
+    return blacked_out(background.picture, background.object_mask, height, width)
+
+
+def blacked_out(
+    picture: Image.Image, object_mask: Image.Image | None, height: int, width: int
+) -> np.ndarray:
+    """The same of opened pictures, or of windows of them, which may be all object."""
+    pixels = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+    if object_mask is not None:
         # nearest: a mask has no grey
-        mask = background.object_mask.resize((width, height), Image.Resampling.NEAREST)
+        mask = object_mask.resize((width, height), Image.Resampling.NEAREST)
         pixels[np.array(mask) > 127] = 0
     return pixels
 
@@ -182,7 +189,7 @@ class Surroundings:
     """A checked background.
 
     record: its part of a recipe. pixels: makes what is encoded, uint8 [H, W, 3]; None where latents
-    were given.
+    were given, or each pair's seed makes its own.
     """
 
     record: dict[str, Any]

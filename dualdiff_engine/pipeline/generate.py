@@ -22,6 +22,7 @@ from dualdiff_engine.pair import (
     Fault,
     Pair,
     present,
+    present_bytes,
     present_mask,
     to_uint8,
 )
@@ -33,6 +34,7 @@ from dualdiff_engine.pipeline.decode import decode
 from dualdiff_engine.pipeline.denoise import denoise, draw_latents
 from dualdiff_engine.pipeline.encode import PictureLatents
 from dualdiff_engine.pipeline.faults import FiniteWatch
+from dualdiff_engine.pipeline.masks import MaskResult
 from dualdiff_engine.pipeline.placement import Canvas, Placed
 from dualdiff_engine.pipeline.request import Request, Run
 from dualdiff_engine.pipeline.scores import attempt_seed, cut_to_change, scores_of
@@ -237,7 +239,7 @@ def _text(run: Run, request: Request) -> list[Tensor]:
 
 
 def _bank(
-    run: Run, request: Request, encoded: PictureLatents, numbers: Sequence[int]
+    run: Run, request: Request, encoded: PictureLatents, draws: Sequence[Draw]
 ) -> Bank | None:
     """What the image branch reads of the backgrounds of these pairs, call by call."""
     if not request.surroundings:
@@ -256,9 +258,9 @@ def _bank(
             device=run.device,
         )
 
-    if len(request.surroundings) == 1:
-        return opened(request.surroundings[0])
-    own = [request.surroundings[number] for number in numbers]
+    own = [request.around(draw.number, draw.seed) for draw in draws]
+    if len(request.surroundings) == 1 and own[0] is request.surroundings[0]:
+        return opened(own[0])
     # equal backgrounds are one
     banks = {tuple(each.record.values()): each for each in own}
     open_banks = {key: opened(each) for key, each in banks.items()}
@@ -277,7 +279,7 @@ def _batch(run: Run, request: Request, encoded: PictureLatents, draws: Sequence[
         # the region stays that of the pair in every attempt
         canvases = [request.canvases.canvas(draw.number, draw.seed) for draw in draws]
         placed = Placed.of(canvases, encoded, run.vae.config.scaling_factor, run.device)
-    bank = _bank(run, request, encoded, numbers)
+    bank = _bank(run, request, encoded, draws)
     return Batch(noise.to(run.device), generators, bank, placed)
 
 
@@ -341,19 +343,23 @@ def _pair(
     request: Request, drawn: Drawn, image: Tensor, anomaly: Tensor, normal: Tensor | None
 ) -> Pair:
     """normal: the normal picture as the VAE rebuilds it, [3, H, W], where there is one."""
-    canvas, change, statistics = drawn.canvas, None, None
+    canvas, change, statistics, decoded = drawn.canvas, None, None, (image, anomaly)
     if canvas is not None and normal is not None:
         image, anomaly = canvas.paste(image, anomaly)
         normal, _ = canvas.paste(normal, normal)
         change, statistics = _change(image, normal), canvas.statistics
-    result = cut_to_change(request.segment(to_uint8(anomaly)), change, request.mask)
+    shown = to_uint8(anomaly)
+    result = cut_to_change(request.segment(shown), change, request.mask)
+    found_in = change if change is not None and request.mask == "change" else shown
     if canvas is not None and normal is not None:
         image, anomaly = canvas.paste_mask(result.mask, image, anomaly)
         normal, _ = canvas.paste_mask(result.mask, normal, normal)
         # the scores are those of the pair that is handed out
         change = _change(image, normal)
-    scores = scores_of(to_uint8(image), to_uint8(anomaly), result.mask, change, statistics)
+    share = canvas.view.share if canvas and canvas.view else 1.0
+    scores = scores_of(to_uint8(image), to_uint8(anomaly), result.mask, change, statistics, share)
     missed = request.acceptance.missed(scores) if request.acceptance else ()
+    pictures, result = _pictures(request, canvas, decoded, (image, anomaly), result, found_in)
     recipe = {
         **request.recipe(drawn.draw.number),
         "seed": drawn.draw.seed,
@@ -363,20 +369,49 @@ def _pair(
             "area": float(result.area),
             "empty": bool(result.empty),
         },
+        **({"window": canvas.view.record()} if canvas and canvas.view else {}),
     }
     return Pair(
-        image=present(image, request.output_type),
-        anomaly=present(anomaly, request.output_type),
-        mask=present_mask(result.mask, request.output_type),
+        **pictures,
         seed=drawn.draw.seed,
         empty_mask=bool(result.empty),
         full_mask=bool(np.all(result.mask > 0)),
         recipe=recipe,
-        region=None if canvas is None else present_mask(canvas.mask, request.output_type),
         scores=scores,
         accepted=None if request.acceptance is None else not missed,
         missed=missed,
     )
+
+
+def _pictures(
+    request: Request,
+    canvas: Canvas | None,
+    decoded: tuple[Tensor, Tensor],
+    pasted: tuple[Tensor, Tensor],
+    result: MaskResult,
+    found_in: np.ndarray,
+) -> tuple[dict[str, Any], MaskResult]:
+    """A pair's pictures as they are handed out, and the result of their mask.
+
+    Those of a window go into pictures of the placement's size. found_in: what the mask was found
+    in, uint8 [H, W, 3].
+    """
+    kind = request.output_type
+    if canvas is None or canvas.view is None:
+        image, anomaly = (present(picture, kind) for picture in pasted)
+        region = None if canvas is None else canvas.mask
+    else:
+        *pixels, mask = canvas.whole(*decoded, result.mask, found_in)
+        image, anomaly = (present_bytes(picture, kind) for picture in pixels)
+        region, white = np.array(canvas.view.region), int(np.count_nonzero(mask))
+        result = MaskResult(mask, result.threshold, white / mask.size, white == 0)
+    pictures = {
+        "image": image,
+        "anomaly": anomaly,
+        "mask": present_mask(result.mask, kind),
+        "region": None if region is None else present_mask(region, kind),
+    }
+    return pictures, result
 
 
 def _change(image: Tensor, normal: Tensor) -> np.ndarray:

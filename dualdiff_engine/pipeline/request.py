@@ -66,9 +66,10 @@ class Run:
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class name
     and options. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height,
     width) in pixels and scheduler: the base model's own. trained_background: whether the adapter
-    needs a background. prompts: drawn when a caller names none. is_active: whether the adapter is
-    still the one that the denoiser holds. interrupted: whether to stop after this step. busy: held
-    while networks run. batches: which batches fitted into memory.
+    needs a background. window: the ratio of the windows that it was trained on. prompts: drawn when
+    a caller names none. is_active: whether the adapter is still the one that the denoiser holds.
+    interrupted: whether to stop after this step. busy: held while networks run. batches: which
+    batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -87,6 +88,7 @@ class Run:
     scheduler: str
     adapter: str | None
     trained_background: bool
+    window: float | None
     prompts: Prompts
     facts: Facts
     is_active: Callable[[], bool]
@@ -162,6 +164,14 @@ class Request:
 
     def recipe(self, number: int) -> dict[str, Any]:
         return self.recipes[number if len(self.recipes) > 1 else 0]
+
+    def around(self, number: int, seed: int) -> Surroundings:
+        """The background of a pair."""
+        shared = self.surroundings[number if len(self.surroundings) > 1 else 0]
+        if shared.pixels is not None or self.given.background_latents is not None:
+            return shared
+        assert self.canvases is not None, "only windows make a background for each seed"
+        return self.canvases.surroundings(number, seed, self.given.background_noise)
 
 
 def check(
@@ -262,7 +272,9 @@ def _canvases(
             "all"
         )
     size = sampling.height, sampling.width
-    return Canvases(placements, size, run.pixels_per_latent, need_object=need_object)
+    return Canvases(
+        placements, size, run.pixels_per_latent, need_object=need_object, auto=run.window
+    )
 
 
 def _surroundings(

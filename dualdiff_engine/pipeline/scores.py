@@ -77,6 +77,7 @@ def scores_of(
     mask: Bytes,
     change: Bytes | None = None,
     statistics: RegionStatistics | None = None,
+    share: float = 1.0,
 ) -> dict[str, float | None]:
     """The scores of a pair, JSON-ready; None where one cannot be known.
 
@@ -85,6 +86,7 @@ def scores_of(
         mask: uint8 [H, W].
         change: |image - normal|, uint8 [H, W, 3], where there is a normal picture.
         statistics: of real masks, where they are known.
+        share: of the picture that these pixels are: less than 1 in a window.
 
     Returns:
         area: share of the picture in the mask. branch_difference: mean |image - anomaly| in the
@@ -108,7 +110,7 @@ def scores_of(
         found["change_share"] = float(visible[near].sum()) / total if total else None
     if statistics is not None:
         usual = sum(area for area, _ in statistics.parts) / len(statistics.counts)
-        found["area_ratio"] = float(white.mean()) / usual
+        found["area_ratio"] = float(white.mean()) * share / usual
     return found
 
 

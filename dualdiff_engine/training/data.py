@@ -12,8 +12,9 @@ file may have any of `SUFFIXES`, in upper or lower case. What file managers leav
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from PIL import Image
 from dualdiff_engine.errors import DataError, SettingsError
 from dualdiff_engine.files import sha256_of
 from dualdiff_engine.pictures import object_mask_fault, open_picture
-from dualdiff_engine.pipeline.background import cut_out
+from dualdiff_engine.pipeline.background import blacked_out
+from dualdiff_engine.pipeline.window import Window, window_around
 from dualdiff_engine.settings import Background
 from dualdiff_engine.training.options import TrainingOptions
 
@@ -36,11 +38,15 @@ _MOST_TOLD = 50
 
 @dataclass(frozen=True)
 class Example:
-    """A picture of the defect, its mask, and with background the mask of the object."""
+    """A picture of the defect, its mask, and with background the mask of the object.
+
+    window: the part of them that is trained on; None: all of them.
+    """
 
     picture: Path
     mask: Path
     object_mask: Path | None
+    window: Window | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -48,17 +54,26 @@ class Example:
 
     def image(self, size: int) -> np.ndarray:
         """uint8 [size, size, 3]."""
-        return _resized(open_picture(self.picture, "picture", "RGB"), size)
+        return _resized(self._cut(open_picture(self.picture, "picture", "RGB")), size)
 
     def anomaly(self, size: int) -> np.ndarray:
         """The defect alone on black, uint8 [size, size, 3]; cut before resizing."""
         picture = np.array(open_picture(self.picture, "picture", "RGB"))
         picture[~_white(self.mask)] = 0
-        return _resized(Image.fromarray(picture), size)
+        return _resized(self._cut(Image.fromarray(picture)), size)
 
-    def surroundings(self, size: int) -> np.ndarray:
-        """The picture with the object black, as the engine cuts it, uint8 [size, size, 3]."""
-        return cut_out(Background(self.picture, self.object_mask), size, size)
+    def surroundings(self, size: int | None = None) -> np.ndarray:
+        """The picture with the object black, as the engine cuts it, uint8 [size, size, 3].
+
+        Without a size, at its own.
+        """
+        assert self.object_mask is not None, "found with background"
+        picture = self._cut(open_picture(self.picture, "picture", "RGB"))
+        mask = self._cut(open_picture(self.object_mask, "object mask", "L"))
+        return blacked_out(picture, mask, size or picture.height, size or picture.width)
+
+    def _cut(self, picture: Image.Image) -> Image.Image:
+        return picture if self.window is None else picture.crop(self.window.box)
 
 
 def find_examples(data: str | Path, options: TrainingOptions) -> list[Example]:
@@ -88,10 +103,34 @@ def find_examples(data: str | Path, options: TrainingOptions) -> list[Example]:
         except DataError as error:
             faults.append(str(error))
             continue
-        faults += _faults(example.picture, example.mask, example.object_mask)
+        found = _faults(example.picture, example.mask, example.object_mask)
+        if options.window is not None and not found:
+            example, found = _windowed(example, options.window)
+        faults += found
         examples.append(example)
     _refuse(root, faults)
     return examples
+
+
+def _windowed(example: Example, ratio: float) -> tuple[Example, list[str]]:
+    """With the square window around its defect, and why it cannot be used, if it cannot.
+
+    A window that is smaller than asked for would show the defect at another scale.
+    """
+    mask = open_picture(example.mask, "mask", "L")
+    box = mask.getbbox()
+    assert box is not None, "the mask was checked"
+    window = window_around(box, mask.size, (1, 1), ratio, 0)
+    longer = max(box[2] - box[0], box[3] - box[1])
+    side = round(ratio * longer)
+    if window.width == side:
+        return replace(example, window=window), []
+    most = math.floor(100 * min(mask.size) / longer) / 100
+    remedy = f"pass at most {most:g}" if most >= 1 else "train without window"
+    return example, [
+        f"{example.mask}: a window of {ratio:g} times the defect is {side} x {side} pixels, "
+        f"larger than its picture ({mask.width} x {mask.height}): {remedy}"
+    ]
 
 
 def _refuse(root: Path, faults: list[str]) -> None:
@@ -159,6 +198,9 @@ def sheet_backgrounds(
     """
     if not options.background or not options.sample_every:
         return []
+    if options.window is not None:
+        # good parts have no defect to cut a window around
+        return [Background(example.surroundings()) for example in examples]
     root = Path(data)
     good = [
         (picture, mask)

@@ -49,6 +49,8 @@ class TrainingOptions:
         rank: of every LoRA, 1 to 1024.
         blend_width: inner width of the background's two affine maps, 1 to 4096.
         size: side of the square pictures in pixels, a multiple of 8; None takes the base's own.
+        window: train on windows around the defects: the window's side over the longer side of the
+            mask's bounding box, 1 or more, as `Placement.window`; None trains on whole pictures.
         flips: random flips, the same for a picture, its anomaly picture and its background.
         latents: `sample` the VAE's posterior anew in every step, or take its `mean`. Backgrounds
             are always means, as the engine reads them.
@@ -86,6 +88,7 @@ class TrainingOptions:
     rank: int = 32
     blend_width: int = 320
     size: int | None = None
+    window: float | None = None
     flips: Literal["none", "horizontal", "vertical", "both"] = "both"
     latents: Literal["sample", "mean"] = "sample"
     steps: int = 5000
@@ -120,6 +123,8 @@ class TrainingOptions:
             _whole("pictures", self.pictures, 2, 1_000_000)
         if self.size is not None:
             _whole("size", self.size, 8, 8192)
+        if self.window is not None:
+            _within("window", self.window, 1, 1000)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SettingsError(
@@ -139,6 +144,9 @@ class TrainingOptions:
     def binding(self) -> dict[str, Any]:
         """Options that must be equal to resume a run, JSON-ready."""
         bound = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        if self.window is None:
+            # states of whole pictures do not name it
+            del bound["window"]
         # a cosine ends where the run does
         return bound | ({"steps": self.steps} if self.lr_schedule == "cosine" else {})
 

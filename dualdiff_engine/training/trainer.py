@@ -265,7 +265,7 @@ class _Run:
 
     def _save_adapter(self, path: Path) -> None:
         dtype = getattr(torch, self.options.save_dtype)
-        adapter_files.write(path, self.network.tensors(dtype))
+        adapter_files.write(path, self.network.tensors(dtype), self.options.window)
 
     def _draw_sheet(self, folder: Path) -> None:
         try:

@@ -302,6 +302,38 @@ def test_generate_on_normal_pictures(normal: Path, tmp_path: Path) -> None:
     assert placements[3] == placements[0] != placements[1]
 
 
+def test_generate_in_windows_of_large_pictures(normal: Path, tmp_path: Path) -> None:
+    """Pictures of different sizes, each pair in its picture's own; a second run draws nothing."""
+    for name in ("good", "regions"):
+        (tmp_path / name).mkdir()
+        for n in range(2):
+            small = Image.open(normal / f"{name}/{n:03d}.png")
+            large = Image.new(small.mode, (200 + 50 * n, 150), 0 if name == "regions" else "grey")
+            large.paste(small, (90, 40))
+            large.save(tmp_path / f"{name}/{n:03d}.png")
+    given = ("--picture", tmp_path / "good", "--region", tmp_path / "regions", "--window", "auto")
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert generate(DUAL, out, *FAST, *given, "--edge", 0, "--seed", 5) == 0
+    windows = [row["recipe"]["window"] for row in rows(out)]
+    # around the middle of the regions, (110 + 8 n, 68)
+    assert windows == [
+        {"box": [78, 36, 64, 64], "picture": [200, 150]},
+        {"box": [86, 36, 64, 64], "picture": [250, 150]},
+    ]
+    for n in range(2):
+        drawn, whole, region = (
+            np.asarray(Image.open(path))
+            for path in (
+                out / f"image/{n:05d}.png",
+                tmp_path / f"good/{n:03d}.png",
+                tmp_path / f"regions/{n:03d}.png",
+            )
+        )
+        assert np.array_equal(drawn[region == 0], whole[region == 0])
+        assert not np.array_equal(drawn, whole)
+
+
 def test_regions_are_sampled_like_masks(normal: Path, converted: Path, tmp_path: Path) -> None:
     """With background: the pictures are their own, without their objects."""
     common = ("--base", BCM / "model", "--adapter", converted, *FAST[1:], "--seed", 1)
@@ -342,6 +374,15 @@ def test_demo_regions_are_those_of_its_training() -> None:
         ("--region {n}/regions", "--region needs --picture"),
         ("--edge 1", "--edge needs --picture"),
         ("--paste none", "--paste needs --picture"),
+        ("--window auto", "--window needs --picture"),
+        (
+            "--picture {n}/good --region {n}/regions --window all",
+            "--window must be auto or a number such as 2.5, got 'all'",
+        ),
+        (
+            "--picture {n}/good --region {n}/regions --window 0.5",
+            "placement window must be 'auto' or 1 and more (its side over the region's), got 0.5",
+        ),
         ("--picture {n}/nothing", "--picture: no pictures at"),
         ("--picture {n}/good", "where does the defect go? Pass --region, or --region-masks"),
         ("--picture {n}/good --region {n}/good/none.png", "does not exist"),

@@ -88,11 +88,16 @@ def test_placements(bundle: Any, engine_of: Any) -> None:
             )
             for n in range(2)
         ]  # fmt: skip
-        ours = Engine.from_bundle(bundle(case)).generate([4, 5], placement=each, **options)
-        eager = engine_of(case).generate([4, 5], placement=each, **options)
-        for one, other in zip(ours, eager, strict=True):
+        wide = np.random.default_rng(2).integers(0, 255, (128, 200, 3), dtype=np.uint8)
+        each.append(Placement(wide, np.pad(region, ((0, 0), (72, 0))), "all", window=1.5))
+        ours = Engine.from_bundle(bundle(case)).generate([4, 5, 6], placement=each, **options)
+        eager = engine_of(case).generate([4, 5, 6], placement=each, **options)
+        # the pixels of a window are grey levels
+        for one, other, rounding in zip(ours, eager, (0, 0, 1 / 255), strict=True):
             assert one.recipe["placement"] == other.recipe["placement"]
-            assert float((one.image - other.image).abs().max()) <= PICTURES
+            assert float((one.image - other.image).abs().max()) <= PICTURES + rounding
+        assert ours[2].recipe["window"] == eager[2].recipe["window"]
+        assert ours[2].image.shape == (3, 128, 200)
 
 
 def test_a_bundle_of_before_says_what_a_placement_needs(copy: Path) -> None:
