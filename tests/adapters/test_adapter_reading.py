@@ -157,4 +157,5 @@ def test_summary(case: str, background: bool) -> None:
         "parameters": adapter.parameters,
         "context_width": [32],
         "base": "a model with text width 32",
+        "window": None,
     }
