@@ -78,9 +78,10 @@ def tune(
     kinds = network.calls(pairs)
     calls = {c.name: c for places in kinds.values() for listed in places.values() for c in listed}
     seconds: dict[str, dict[str, float]] = {}
-    for call, times in measure.measured(list(calls.values()), device, dtype, limit_s):
+    measured = measure.measured(list(calls.values()), device, dtype, limit_s)
+    for number, (call, times) in enumerate(measured, 1):
         seconds[call.name] = times
-        report(len(seconds), len(calls), call, times)
+        report(number, measure.PASSES * len(calls), call, times)
     choices = {name: measure.fastest(times) for name, times in seconds.items()}
     places = {
         kind: {place: [call.name for call in listed] for place, listed in by_place.items()}
