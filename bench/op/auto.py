@@ -47,20 +47,31 @@ def taken(
 
 
 def verdict(rows: Iterable[Mapping[str, Any]], choices: Mapping[Spec, str]) -> str:
-    """In words: the calls whose choice is slower than the best backend by more than it may be."""
+    """In words: the calls whose choice is slower than the best backend by more than it may be.
+
+    And what all calls of a step take with the choices, over what they take with the best of each.
+    """
     times: dict[tuple[str, str], dict[str, float]] = {}
+    made: dict[tuple[str, str], int] = {}
     for row in rows:
         if "ms" in row and row["by"] in ops.BACKENDS:
-            times.setdefault((row["op"], row["shapes"]), {})[row["by"]] = row["ms"]["p50"]
+            call = row["op"], row["shapes"]
+            times.setdefault(call, {})[row["by"]] = row["ms"]["p50"]
+            made[call] = row["calls_per_step"]
     shares: list[tuple[float, str]] = []
+    taken = best_of_all = 0.0
     for spec, backend in choices.items():
         by = times.get((spec.op, spec.label), {})
         if backend in by:
             best = min(by, key=lambda name: by[name])
             what = f"{spec.op} {spec.label}: {backend}, best {best}"
             shares.append((by[best] / by[backend], what))
+            taken += made[spec.op, spec.label] * by[backend]
+            best_of_all += made[spec.op, spec.label] * by[best]
     if not shares:
         return "auto: nothing was timed"
     slow = sorted(pair for pair in shares if pair[0] < ENOUGH)
     lines = [f"auto: {len(shares) - len(slow)} of {len(shares)} calls within {ENOUGH} of the best"]
-    return "\n".join([*lines, *(f"  {share:.2f} {what}" for share, what in slow)])
+    lines += [f"  {share:.2f} {what}" for share, what in slow]
+    lines.append(f"auto: all calls of a step take {taken / best_of_all:.3f} of the best choices")
+    return "\n".join(lines)

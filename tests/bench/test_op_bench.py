@@ -154,14 +154,18 @@ def test_ops_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_choice_of_auto_is_compared_with_the_best() -> None:
     specs = [SPECS["geglu"], SPECS["linear"], SPECS["exchange"]]
     rows = [
-        {"op": spec.op, "shapes": spec.label, "by": by, "ms": {"p50": ms}}
-        for spec, times in zip(specs, ([1.0, 1.02], [1.0, 2.0], [1.0, 9.0]), strict=True)
+        {"op": spec.op, "shapes": spec.label, "by": by, "ms": {"p50": ms}, "calls_per_step": calls}
+        for spec, times, calls in zip(
+            specs, ([1.0, 1.02], [1.0, 2.0], [1.0, 9.0]), (1, 2, 7), strict=True
+        )
         for by, ms in zip(("reference", "onednn"), times, strict=True)
     ]
     choices = dict(zip(specs, ("onednn", "onednn", "reference"), strict=True))
     lines = auto.verdict(rows, choices).splitlines()
     assert lines[0] == "auto: 2 of 3 calls within 0.97 of the best"
-    assert lines[1:] == [f"  0.50 linear {SPECS['linear'].label}: onednn, best reference"]
+    assert lines[1] == f"  0.50 linear {SPECS['linear'].label}: onednn, best reference"
+    # (1.02 + 2 x 2 + 7) over (1 + 2 + 7)
+    assert lines[2:] == ["auto: all calls of a step take 1.202 of the best choices"]
     assert auto.verdict([], choices) == "auto: nothing was timed"
 
 
