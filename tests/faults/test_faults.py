@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from dualdiff_engine.bench import machine
 from disturbed_runs import may_mount
+from dualdiff_engine.bench import machine
 from fault_lab import REFUSED, RESULT, Lab, Try
 
 RECORD = Path(__file__).parents[2] / "bench" / "results" / "faults.json"
