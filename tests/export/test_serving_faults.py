@@ -264,5 +264,7 @@ def test_what_a_lost_gpu_says(error: Exception, lost: bool) -> None:
 def test_a_runtime_without_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("onnxruntime", "onnx_is_not_there:engine", engines.RUNTIMES)
     monkeypatch.setattr(engines, "runtimes", lambda: {"onnxruntime": point})
-    with pytest.raises(BackendError, match=r"needs the package 'onnx_is_not_there': pip install"):
+    with pytest.raises(
+        BackendError, match=r"need onnx_is_not_there, which is not installed: pip install"
+    ):
         Engine.from_bundle("bundle")
