@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from dualdiff_engine import adapters
 from dualdiff_engine.bench import demo_quality
 from dualdiff_engine.demo.presets import BASE, PRESETS, SAMPLING, Preset, find
 from dualdiff_engine.evaluation import records, report
@@ -26,7 +27,7 @@ from dualdiff_engine.pair import versions
 FILE = "downstream-placed.json"
 COUNT = 60
 BATCH = 12
-# arm -> how its pairs are placed, and which are good
+# arm -> how its pairs are placed
 PLACED: Mapping[str, Mapping[str, Any]] = {
     "placed": {"paste": "region"},
     "pasted to the mask": {"paste": "mask"},
@@ -64,7 +65,8 @@ def measure(
         draw(preset, folder, count, how, ACCEPT if name == ACCEPTED else {})
         arms[name] = kept(folder, only_accepted=name == ACCEPTED)
     before = _tasks(file)
-    source = {"adapter": preset.adapter.name, "pairs": {n: len(x) for n, x in arms.items()}}
+    drawn_by = adapters.load(preset.adapter).sha256[:8]
+    source = {"adapter": drawn_by, "pairs": {name: len(x) for name, x in arms.items()}}
     known = before.get(preset.name, {})
     if known.get("source") == source and known.get("options") == options.listed():
         return
