@@ -31,12 +31,13 @@ def decoder(seed: int = 0) -> Any:
     levels = len(VAE["block_out_channels"])
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return AutoencoderKL(
+        vae: Any = AutoencoderKL(
             **VAE,
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             latent_channels=4,
-        ).eval()
+        )
+    return vae.eval()
 
 
 def run(rounds: int) -> dict[str, Any]:
