@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dualdiff_engine import adapters
-from dualdiff_engine.bench import demo_quality
+from dualdiff_engine.bench import demo_quality, demo_tasks
 from dualdiff_engine.demo.presets import BASE, PRESETS, SAMPLING, Preset, find
 from dualdiff_engine.evaluation import records, report
 from dualdiff_engine.evaluation.data import Sample, find_pairs
-from dualdiff_engine.evaluation.downstream import DownstreamOptions, run
+from dualdiff_engine.evaluation.downstream import DownstreamOptions, Task
 from dualdiff_engine.evaluation.tasks import GOOD, GOOD_SEED, arms_task
 from dualdiff_engine.folder_writer import MANIFEST, FolderWriter
-from dualdiff_engine.pair import versions
 
 FILE = "downstream-placed.json"
 COUNT = 60
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     records.check_writable(file)
     for preset in [find(name) for name in given.only] or list(PRESETS.values()):
         measure(file, preset, given.pairs, given.count, options)
-    print(report.downstream(_tasks(file)))
+    print(report.downstream(demo_tasks.read(file)))
 
 
 def measure(
@@ -64,18 +63,13 @@ def measure(
         folder = pairs / name.replace(" ", "-") / preset.adapter.name
         draw(preset, folder, count, how, ACCEPT if name == ACCEPTED else {})
         arms[name] = kept(folder, only_accepted=name == ACCEPTED)
-    before = _tasks(file)
     drawn_by = adapters.load(preset.adapter).sha256[:8]
     source = {"adapter": drawn_by, "pairs": {name: len(x) for name, x in arms.items()}}
-    known = before.get(preset.name, {})
-    if known.get("source") == source and known.get("options") == options.listed():
-        return
-    task = arms_task(arms, preset.part, preset.defect, options.size)
-    result = run(task, options, lambda line: print(f"{preset.name}: {line}", flush=True))
-    tasks = {**before, preset.name: {"source": source, **result}}
-    tasks = {name: tasks[name] for name in PRESETS if name in tasks}
-    summary = {"arms": report.overall(tasks)}
-    records.write(file, {"versions": versions(), "overall": summary, "tasks": tasks})
+
+    def task() -> Task:
+        return arms_task(arms, preset.part, preset.defect, options.size)
+
+    demo_tasks.add(file, preset, source, options, task)
 
 
 def draw(
@@ -113,10 +107,6 @@ def kept(folder: Path, *, only_accepted: bool) -> list[Sample]:
         for sample, row in zip(samples, rows, strict=True)
         if row["accepted"] or not only_accepted
     ]
-
-
-def _tasks(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8"))["tasks"] if file.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from dualdiff_engine.bench import demo_tasks
 from dualdiff_engine.demo.presets import BASE, PRESETS, Preset, find
 from dualdiff_engine.errors import DataError
 from dualdiff_engine.evaluation import records, report
 from dualdiff_engine.evaluation.data import Sample, find_pairs
-from dualdiff_engine.evaluation.downstream import METRICS, DownstreamOptions, run
+from dualdiff_engine.evaluation.downstream import METRICS, DownstreamOptions, Task
 from dualdiff_engine.evaluation.tasks import factory_task, training_samples
-from dualdiff_engine.pair import versions
 
 COUNT = 60
 # pairs that share the surroundings of one good part
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         pairs = find_pairs(folder)[: given.count]
         _add_quality(files["quality"], preset, pairs)
         _add_downstream(files["downstream"], preset, pairs, options)
-    tasks = _read(files["downstream"])["tasks"]
+    tasks = demo_tasks.read(files["downstream"])
     print(report.downstream(tasks), report.headline(tasks), sep="\n\n")
 
 
@@ -104,18 +104,15 @@ def _add_quality(file: Path, preset: Preset, pairs: list[Sample]) -> None:
 def _add_downstream(
     file: Path, preset: Preset, pairs: list[Sample], options: DownstreamOptions
 ) -> None:
-    tasks = (_read(file) or {"tasks": {}})["tasks"]
     source = {"adapter": _adapter(pairs), "pairs": len(pairs)}
-    before = tasks.get(preset.name, {})
-    if before.get("source") == source and before.get("options") == options.listed():
-        return
-    task = factory_task(pairs, preset.part, preset.defect, options.size)
-    result = run(task, options, lambda line: print(f"{preset.name}: {line}"))
-    tasks = _ordered({**tasks, preset.name: {"source": source, **result}})
-    arms = report.overall(tasks)
-    closed = {metric: report.gap_closed(arms, metric) for metric in METRICS}
-    summary = {"arms": arms, "gap_closed": closed}
-    records.write(file, {"versions": versions(), "overall": summary, "tasks": tasks})
+
+    def task() -> Task:
+        return factory_task(pairs, preset.part, preset.defect, options.size)
+
+    def summary(arms: Mapping[str, Any]) -> dict[str, Any]:
+        return {"gap_closed": {metric: report.gap_closed(arms, metric) for metric in METRICS}}
+
+    demo_tasks.add(file, preset, source, options, task, summary)
 
 
 def _ordered(found: Mapping[str, Any]) -> dict[str, Any]:

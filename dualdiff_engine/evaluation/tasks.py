@@ -69,7 +69,7 @@ def factory_task(pairs: Sequence[Sample], part: str, defect: str, size: int) -> 
     generated = _loaded(pairs, size).marked()
     ceiling = _made(part, defect, CEILING_SEED, len(generated), size)
     arms = {**_arms(_trained_on(part, defect, size), generated), "ceiling": ceiling}
-    return _factory(arms, part, defect, size)
+    return material_task(arms, part, defect, size)
 
 
 def arms_task(arms: Mapping[str, Sequence[Sample]], part: str, defect: str, size: int) -> Task:
@@ -77,10 +77,11 @@ def arms_task(arms: Mapping[str, Sequence[Sample]], part: str, defect: str, size
     real = _trained_on(part, defect, size)
     given = {name: _loaded(samples, size).marked() for name, samples in arms.items()}
     joined = {f"real + {name}": real.joined(material) for name, material in given.items()}
-    return _factory({"real": real, **given, **joined}, part, defect, size)
+    return material_task({"real": real, **given, **joined}, part, defect, size)
 
 
-def _factory(arms: dict[str, Material], part: str, defect: str, size: int) -> Task:
+def material_task(arms: Mapping[str, Material], part: str, defect: str, size: int) -> Task:
+    """The arms of a factory defect, with the good and unseen pictures that all such tasks share."""
     return Task(
         arms,
         _made(part, None, GOOD_SEED, GOOD, size).images,

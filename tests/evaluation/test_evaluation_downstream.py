@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dualdiff_engine import cli
-from dualdiff_engine.bench import demo_quality
+from dualdiff_engine.bench import demo_quality, demo_tasks
 from dualdiff_engine.demo.factory.samples import make
 from dualdiff_engine.errors import DataError, SettingsError
 from dualdiff_engine.evaluation import downstream, report, tasks
@@ -243,7 +243,7 @@ def test_demo_record_of_all_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def no_training(*_: object) -> None:
         raise AssertionError("what is recorded is not trained again")
 
-    monkeypatch.setattr(demo_quality, "run", no_training)
+    monkeypatch.setattr(demo_tasks, "run", no_training)
     demo_quality.main([*words, "--only", "tile/chip"])
     with pytest.raises(AssertionError, match="not trained again"):
         demo_quality.main([*words, "--only", "tile/chip", "--steps", "2"])
