@@ -337,7 +337,7 @@ class Background:
                 raise SettingsError(f"background {name}: no file {str(value)!r}")
 
 
-PASTES = ("none", "region", "mask")
+PASTES = ("none", "region", "mask", "difference")
 # more would leave nothing of most pictures
 MOST_EDGE = 16
 # the window's side over the region's
@@ -355,7 +355,9 @@ class Placement:
     it is needed. edge: width of the soft edge around the region, in latent pixels (8 picture pixels
     each in Stable Diffusion), 0 to 16. paste: "region" (or True): pixels outside region and edge
     are the normal picture's own; "mask": those outside the mask of the defect and half a latent
-    pixel around it, so what the mask calls normal is; "none" (or False): all are the decoder's.
+    pixel around it, so what the mask calls normal is; "difference": in region and edge, what was
+    drawn less the same place as the VAE rebuilds it is added to the normal picture, whose grain and
+    sharpness stay; "none" (or False): all are the decoder's.
     window: None: the whole picture is drawn, at the size of the run. Else only a window around the
     region is, and the pair has the picture's size: the shorter side of the window over the longer
     side of the region's bounding box, 1 or more; "auto": as the adapter was trained, if that was on

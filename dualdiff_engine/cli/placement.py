@@ -45,10 +45,10 @@ Edge = Annotated[
     typer.Option(help="Soft edge around the region, in latent pixels of 8 pixels (default: 2)."),
 ]
 Paste = Annotated[
-    Literal["none", "region", "mask"] | None,
+    Literal["none", "region", "mask", "difference"] | None,
     typer.Option(
         help="Where the drawn pixels are kept; all others are the normal picture's own (default: "
-        "region)."
+        "region). difference: add to the normal picture's pixels what was drawn into the region."
     ),
 ]
 WindowRatio = Annotated[

@@ -343,10 +343,11 @@ def _pair(
     request: Request, drawn: Drawn, image: Tensor, anomaly: Tensor, normal: Tensor | None
 ) -> Pair:
     """normal: the normal picture as the VAE rebuilds it, [3, H, W], where there is one."""
-    canvas, change, statistics, decoded = drawn.canvas, None, None, (image, anomaly)
+    canvas, change, statistics = drawn.canvas, None, None
+    decoded = (image, anomaly, normal)
     if canvas is not None and normal is not None:
-        image, anomaly = canvas.paste(image, anomaly)
-        normal, _ = canvas.paste(normal, normal)
+        image, anomaly = canvas.paste(image, anomaly, normal)
+        normal, _ = canvas.paste(normal, normal, normal)
         change, statistics = _change(image, normal), canvas.statistics
     shown = to_uint8(anomaly)
     result = cut_to_change(request.segment(shown), change, request.mask)
@@ -386,22 +387,24 @@ def _pair(
 def _pictures(
     request: Request,
     canvas: Canvas | None,
-    decoded: tuple[Tensor, Tensor],
+    decoded: tuple[Tensor, Tensor, Tensor | None],
     pasted: tuple[Tensor, Tensor],
     result: MaskResult,
     found_in: np.ndarray,
 ) -> tuple[dict[str, Any], MaskResult]:
     """A pair's pictures as they are handed out, and the result of their mask.
 
-    Those of a window go into pictures of the placement's size. found_in: what the mask was found
-    in, uint8 [H, W, 3].
+    Those of a window go into pictures of the placement's size. decoded: image, anomaly image and
+    the normal picture as rebuilt, not pasted yet. found_in: what the mask was found in, uint8
+    [H, W, 3].
     """
     kind = request.output_type
-    if canvas is None or canvas.view is None:
+    drawn, drawn_anomaly, normal = decoded
+    if canvas is None or canvas.view is None or normal is None:
         image, anomaly = (present(picture, kind) for picture in pasted)
         region = None if canvas is None else canvas.mask
     else:
-        *pixels, mask = canvas.whole(*decoded, result.mask, found_in)
+        *pixels, mask = canvas.whole(drawn, drawn_anomaly, normal, result.mask, found_in)
         image, anomaly = (present_bytes(picture, kind) for picture in pixels)
         region, white = np.array(canvas.view.region), int(np.count_nonzero(mask))
         result = MaskResult(mask, result.threshold, white / mask.size, white == 0)

@@ -96,10 +96,17 @@ class Canvas:
         """The region, uint8 [H, W], 255 inside."""
         return np.where(self.region, np.uint8(255), np.uint8(0))
 
-    def paste(self, image: Tensor, anomaly: Tensor) -> tuple[Tensor, Tensor]:
-        """The drawn pictures [3, H, W] in the region, the normal one and black outside the edge."""
+    def paste(self, image: Tensor, anomaly: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """The drawn pictures [3, H, W] in the region, the normal one and black outside the edge.
+
+        normal: the normal picture as the VAE rebuilds it.
+        """
         if self.placement.paste == "none":
             return image, anomaly
+        if self.placement.paste == "difference":
+            # what the decoder does to all pictures cancels
+            image = (self.picture + self.weight * (image - normal)).clamp(0, 1)
+            return image, anomaly * self.weight
         return self._pasted(image, anomaly, self.weight)
 
     def paste_mask(self, mask: Bytes, image: Tensor, anomaly: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,12 +117,12 @@ class Canvas:
         return self._pasted(image, anomaly, torch.from_numpy(weight))
 
     def whole(
-        self, image: Tensor, anomaly: Tensor, mask: Bytes, found_in: Bytes
+        self, image: Tensor, anomaly: Tensor, normal: Tensor, mask: Bytes, found_in: Bytes
     ) -> tuple[Bytes, Bytes, Bytes]:
         """What was drawn in a window [3, H, W], and its mask, in pictures of the placement's size.
 
-        Nothing is pasted yet: that is done here, at the picture's own resolution. found_in: what
-        the mask was found in, uint8 [H, W, 3].
+        Nothing is pasted yet: that is done here, at the picture's own resolution. normal: as for
+        `paste`. found_in: what the mask was found in, uint8 [H, W, 3].
         """
         view, paste = self.view, self.placement.paste
         assert view is not None, "a canvas of a window"
@@ -127,8 +134,13 @@ class Canvas:
             mask = np.where(weight > 0, mask, np.uint8(0))
         if paste == "mask":
             weight = weight * edge_weight(mask > 0, MASK_EDGE * self.step * view.scale)
+        pixels = image.permute(1, 2, 0).numpy()
+        if paste == "difference":
+            shown = view.with_change(pixels - normal.permute(1, 2, 0).numpy(), weight)
+        else:
+            shown = view.with_drawn(pixels, weight, black=False)
         return (
-            view.with_drawn(image.permute(1, 2, 0).numpy(), weight, black=False),
+            shown,
             view.with_drawn(anomaly.permute(1, 2, 0).numpy(), weight, black=True),
             view.with_mask(mask),
         )

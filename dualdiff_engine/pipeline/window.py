@@ -8,6 +8,7 @@ of the window is resampled or copied to floats.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +73,12 @@ class Window:
         return np.where(depth > 0, np.uint8(255), np.uint8(0))
 
 
+def _mixed(known: Bytes, change: Floats, weight: Floats) -> Bytes:
+    """Grey levels [height, width] with a share of a change; as they are where the weight is 0."""
+    mixed = np.clip(np.round(known + change * weight), 0, 255).astype(np.uint8)
+    return np.where(weight > 0, mixed, known)
+
+
 def _outline(mask: Bytes, brightness: Floats) -> Floats:
     """fp32 [h, w]: above 0 in a mask, 0 on its outline, which is known to less than a pixel.
 
@@ -127,13 +134,24 @@ class View:
         size = (self.picture.height, self.picture.width, 3)
         whole = np.zeros(size, np.uint8) if black else np.array(self.picture)
         part = whole[self.window.slices]
+        for channel, values in self._channels(drawn):
+            known = part[..., channel]
+            part[..., channel] = _mixed(known, values - known, weight)
+        return whole
+
+    def with_change(self, change: Floats, weight: Floats) -> Bytes:
+        """The picture with a change [h, w, 3] in [-1, 1] added in its window; weight: as above."""
+        whole = np.array(self.picture)
+        part = whole[self.window.slices]
+        for channel, values in self._channels(change):
+            part[..., channel] = _mixed(part[..., channel], values, weight)
+        return whole
+
+    def _channels(self, drawn: Floats) -> Iterator[tuple[int, Floats]]:
+        """Channels of drawn pixels at the window's size, in grey levels."""
         # a channel at a time: a window may be large
         for channel in range(3):
-            known = part[..., channel]
-            change = self.window.fitted(np.ascontiguousarray(drawn[..., channel])) * 255 - known
-            mixed = np.clip(np.round(known + change * weight), 0, 255).astype(np.uint8)
-            part[..., channel] = np.where(weight > 0, mixed, known)
-        return whole
+            yield channel, self.window.fitted(np.ascontiguousarray(drawn[..., channel])) * 255
 
     def with_mask(self, mask: Bytes) -> Bytes:
         """A mask of the window's size on black, uint8 [H, W]."""

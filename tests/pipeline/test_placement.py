@@ -204,6 +204,23 @@ def test_pasted_to_the_mask_what_the_mask_calls_normal_is_normal(dual: Engine) -
     assert drawn["mask"].recipe["placement"]["paste"] == "mask"
 
 
+def test_a_pasted_difference_is_what_was_drawn_less_what_the_vae_rebuilds(dual: Engine) -> None:
+    region, options = box(24, 24, 16), {**QUICK, "output_type": "pt"}
+    drawn, added = (
+        dual.generate(seeds=[3], placement=Placement(picture(), region, paste=paste), **options)[0]
+        for paste in ("none", "difference")
+    )
+    own = torch.from_numpy(picture()).permute(2, 0, 1).double() / 255
+    weight = torch.from_numpy(edge_weight(region > 0, 2 * 8)).double()
+    change = drawn.image.double() - PictureLatents(dual.vae).rebuilt(picture()).double()
+    expected = (own + weight * change).clamp(0, 1)
+    # four roundings of numbers up to 2
+    assert (added.image - expected).abs().max() < 4 * 2**-23
+    assert torch.equal(added.image[:, weight == 0], own[:, weight == 0].float())
+    assert (change * weight).abs().max() > 0.05
+    assert added.recipe["placement"]["paste"] == "difference"
+
+
 def test_without_paste_pictures_are_the_decoder_s(dual: Engine) -> None:
     from dualdiff_engine.pipeline.decode import decode
 
@@ -221,7 +238,7 @@ def test_without_paste_pictures_are_the_decoder_s(dual: Engine) -> None:
 
 
 @pytest.mark.parametrize("case", ["dual", "bcm"])
-@pytest.mark.parametrize("paste", [True, False, "mask"])
+@pytest.mark.parametrize("paste", [True, False, "mask", "difference"])
 def test_mixed_placements_in_a_batch_change_no_pair(
     case: str, paste: bool | str, engine_of: Any
 ) -> None:
@@ -393,7 +410,7 @@ def test_wrong_placements(dual: Engine, placement: Any, message: str) -> None:
         ({"edge": -1}, "edge must be from 0 to 16 latent pixels, got -1"),
         ({"edge": True}, "edge must be from 0"),
         ({"edge": float("nan")}, "edge must be from 0"),
-        ({"paste": "edge"}, "paste must be one of none, region, mask"),
+        ({"paste": "edge"}, "paste must be one of none, region, mask, difference"),
         ({"region": None}, "region is None"),
         ({"picture": "no.png"}, r"placement picture: no file 'no\.png'"),
         ({"object_mask": "no.png"}, "placement object_mask: no file"),

@@ -84,7 +84,7 @@ def test_a_window_holds_every_box_that_fits() -> None:
         assert 0 <= own[1] <= around[1] < around[3] <= own[3] <= height
 
 
-@pytest.mark.parametrize("paste", ["region", "mask", "none"])
+@pytest.mark.parametrize("paste", ["region", "mask", "difference", "none"])
 @pytest.mark.parametrize(("side", "window"), [(24, "auto"), (24, 3.0), (60, 1.5), (20, 2)])
 def test_pixels_outside_are_those_of_the_picture(
     dual: Engine, paste: str, side: int, window: Any
@@ -115,13 +115,14 @@ def test_pixels_outside_are_those_of_the_picture(
     assert pair.recipe["mask"]["area"] == (mask > 0).mean()
 
 
-def test_a_window_at_the_drawn_scale_is_the_placement_on_its_cut(dual: Engine) -> None:
-    own = placed()
+@pytest.mark.parametrize("paste", ["region", "difference"])
+def test_a_window_at_the_drawn_scale_is_the_placement_on_its_cut(dual: Engine, paste: str) -> None:
+    own = placed(paste=paste)
     (pair,) = dual.generate(seeds=[3], placement=own, **QUICK)
     left, top, width, height = pair.recipe["window"]["box"]
     assert (width, height) == (64, 64)
     rows, columns = slice(top, top + 64), slice(left, left + 64)
-    cut = Placement(picture()[rows, columns], own.region[rows, columns], edge=1)
+    cut = Placement(picture()[rows, columns], own.region[rows, columns], edge=1, paste=paste)
     (alone,) = dual.generate(seeds=[3], placement=cut, **QUICK)
     for name in ("image", "anomaly"):
         ours, theirs = (np.asarray(getattr(p, name)).astype(int) for p in (pair, alone))
@@ -149,6 +150,21 @@ def test_what_is_drawn_goes_back_in_its_place(dual: Engine) -> None:
         large = cv2.resize(small, (128, 128), interpolation=cv2.INTER_CUBIC)
         # rounded before instead of after
         assert np.abs(whole.astype(int) - large).max() <= 2
+
+
+def test_an_enlarged_difference_keeps_the_grain_of_the_picture(dual: Engine) -> None:
+    """Drawn at half the picture's scale: what is finer than that is the picture's own."""
+    grain = np.where(np.indices((150, 200)).sum(0) % 2, 150, 100).astype(np.uint8)
+    grain = np.repeat(grain[..., None], 3, axis=2)
+
+    def fine(paste: str) -> float:
+        own = placed(side=64, left=70, top=40, window=2, paste=paste, edge=0, of=grain)
+        (pair,) = dual.generate(seeds=[3], placement=own, **QUICK)
+        inside = np.asarray(pair.image)[44:100, 74:130].astype(float)
+        return float(np.abs(inside[1:, 1:] - inside[:-1, 1:]).mean())
+
+    # 50 grey levels from pixel to pixel, less what clipping takes; the decoder has noise of its own
+    assert fine("difference") > max(25, 1.5 * fine("region"))
 
 
 @pytest.mark.parametrize("case", ["dual", "bcm"])
