@@ -147,14 +147,49 @@ def test_overlay_tints_the_mask_and_nothing_else() -> None:
     assert not changed[far].any()
 
 
+def test_a_wider_decoder_starts_as_the_old_one_and_leaves_the_latents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dualdiff_engine.demo.train import autoencoder, decoder, material
+
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(0)
+        old = autoencoder.build().eval()
+        wide = decoder.widen(old)
+        marked = material.marked_pictures(3, 0)
+        pictures, masks = (
+            autoencoder.as_tensor(marked[0]),
+            torch.from_numpy(np.stack(marked[1])) > 0,
+        )
+        shown = decoder.shown(wide, pictures, masks)
+        latents = autoencoder.encode(old, pictures)
+        with torch.no_grad():
+            before, after = (vae.decode(latents).sample for vae in (old, wide))
+        # fp32 sums in another order
+        assert torch.allclose(shown.latents, latents, atol=1e-5 * float(latents.abs().max()))
+        assert torch.allclose(after, before, atol=1e-5 * float(before.abs().max()))
+        monkeypatch.setattr(decoder, "STEPS", 3)
+        monkeypatch.setattr(decoder, "CROP_STEPS", 2)
+        monkeypatch.setattr(decoder, "BATCH", 2)
+        monkeypatch.setattr(decoder, "WHOLE_BATCH", 1)
+        decoder.train(wide, shown, 0, lambda line: None)
+        assert torch.equal(autoencoder.encode(wide, pictures), shown.latents)
+        with torch.no_grad():
+            assert not torch.allclose(wide.decode(latents).sample, after, atol=1e-3)
+
+
 def test_recipes_of_the_base_make_a_folder_that_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The committed recipe runs end to end, for a step each."""
-    from dualdiff_engine.demo.train import autoencoder, base, denoiser
+    from dualdiff_engine.demo.train import autoencoder, base, decoder, denoiser
 
-    for name in ("AUTOENCODER_PICTURES", "DENOISER_PICTURES", "TEST_PICTURES"):
-        monkeypatch.setattr(base, name, 3)
+    for kind in ("AUTOENCODER", "DECODER", "DENOISER", "TEST", "DECODER_TEST"):
+        monkeypatch.setattr(base, f"{kind}_PICTURES", 3)
+    monkeypatch.setattr(decoder, "STEPS", 2)
+    monkeypatch.setattr(decoder, "CROP_STEPS", 1)
+    monkeypatch.setattr(decoder, "BATCH", 1)
+    monkeypatch.setattr(decoder, "WHOLE_BATCH", 1)
     monkeypatch.setattr(autoencoder, "STEPS", 2)
     monkeypatch.setattr(autoencoder, "CROP_STEPS", 1)
     monkeypatch.setattr(denoiser, "STEPS", 2)
@@ -166,7 +201,8 @@ def test_recipes_of_the_base_make_a_folder_that_loads(
     finally:
         torch.set_num_threads(threads)
     record = json.loads((tmp_path / "training.json").read_text())
-    assert set(record) == {"autoencoder", "denoiser"}
+    assert set(record) == {"autoencoder", "decoder", "denoiser"}
+    assert set(record["decoder"]["unseen_psnr_db"]) == {"before", "after"}
     with Engine.from_pretrained(tmp_path) as engine:
         engine.load_adapter(find("fabric/hole").adapter)
         assert len(engine.generate(seeds=[1], steps=1)) == 1

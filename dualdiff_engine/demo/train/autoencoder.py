@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dualdiff_engine.demo.factory.fields import SIZE, Bytes
@@ -20,17 +19,21 @@ DIVERGENCE = 1e-4
 EDGES = 1.0
 
 
-def build() -> Any:
+CHANNELS = (16, 32, 64)
+
+
+def build(channels: tuple[int, ...] = CHANNELS, groups: int = 8) -> Any:
+    """groups: of the group norms."""
     from diffusers import AutoencoderKL
 
-    levels = 3
+    levels = len(channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=channels,
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=groups,
         sample_size=SIZE,
         # latents are normalised in the weights, see `normalise`
         scaling_factor=1.0,
@@ -132,12 +135,17 @@ def normalise(vae: Any, pictures: Tensor) -> None:
 
 
 @torch.no_grad()
-def error(vae: Any, pictures: Tensor) -> float:
-    """Peak signal-to-noise ratio of coding and decoding, in dB."""
+def error(vae: Any, pictures: Tensor, masks: Tensor | None = None) -> float:
+    """Peak signal-to-noise ratio of coding and decoding, in dB.
+
+    masks: bool [n, SIZE, SIZE]: only of the pixels in them.
+    """
+    if masks is None:
+        masks = torch.ones_like(pictures[:, 0], dtype=torch.bool)
     total = 0.0
-    for part in pictures.split(16):
+    for part, inside in zip(pictures.split(16), masks.split(16), strict=True):
         images = to_unit(part)
         decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
-        total += F.mse_loss(decoded, images, reduction="sum").item()
-    mean = total / pictures.numel() / 4
+        total += float(((decoded - images) ** 2 * inside[:, None]).sum())
+    mean = total / (3 * int(masks.sum())) / 4
     return float(-10 * np.log10(mean))

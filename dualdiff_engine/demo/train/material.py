@@ -10,6 +10,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from dualdiff_engine.demo.factory.defects import DEFECTS
 from dualdiff_engine.demo.factory.fields import SIZE, Bytes
 from dualdiff_engine.demo.factory.parts import PARTS
 from dualdiff_engine.demo.factory.samples import make
@@ -87,3 +88,37 @@ def any_pictures(count: int, seed: int) -> list[Bytes]:
         )
         made.append(choices[rng.choice(5, p=(0.35, 0.25, 0.2, 0.12, 0.08))])
     return made
+
+
+def marked_pictures(count: int, seed: int) -> tuple[list[Bytes], list[Bytes]]:
+    """Pictures for the decoder, mirrored and turned, and masks of the defects in them.
+
+    Every defect of the factory, whole and on black; good parts, pieces and surroundings, whose
+    masks are empty.
+    """
+    pictures, masks = [], []
+    for number in range(count):
+        rng = np.random.default_rng([seed, number, 77])
+        part = list(PARTS)[number % len(PARTS)]
+        names = list(DEFECTS[part])
+        defect = names[rng.integers(len(names))]
+        product = make(part, defect, seed=5 * FIRST_SEED + seed * 1_000_000 + number)
+        background = np.where(product.object_mask[..., None] > 0, np.uint8(0), product.good)
+        kind = rng.choice(5, p=(0.2, 0.4, 0.25, 0.1, 0.05))
+        choices = (
+            product.good,
+            product.image,
+            product.anomaly,
+            _piece(rng, product.good),
+            background,
+        )
+        picture, mask = choices[kind], product.mask
+        if kind not in (1, 2):
+            mask = np.zeros_like(mask)
+        turns, mirrored = int(rng.integers(4)), rng.integers(2)
+        picture, mask = np.rot90(picture, turns), np.rot90(mask, turns)
+        if mirrored:
+            picture, mask = picture[:, ::-1], mask[:, ::-1]
+        pictures.append(np.ascontiguousarray(picture))
+        masks.append(np.ascontiguousarray(mask))
+    return pictures, masks
