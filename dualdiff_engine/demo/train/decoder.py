@@ -18,7 +18,7 @@ from dualdiff_engine.demo.factory.fields import SIZE
 from dualdiff_engine.demo.train.autoencoder import EDGES, build, encode, to_unit
 
 CHANNELS = (32, 64, 128)
-STEPS, CROP_STEPS = 2750, 2500
+STEPS, CROP_STEPS = 2800, 2500
 # in latent pixels, of four picture pixels
 CROP, BATCH, WHOLE, WHOLE_BATCH = 16, 16, SIZE // 4, 4
 RATE = 1e-3
