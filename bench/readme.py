@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dualdiff_engine.bench import demo_stages
 from dualdiff_engine.bench.step import report
 from dualdiff_engine.evaluation import report as evaluation
 from dualdiff_engine.evaluation.report import markdown_table
@@ -52,6 +53,8 @@ def section(path: Path) -> str:
         return _masks(record["rows"])
     if "tasks" in record:
         tasks = record["tasks"]
+        if demo_stages.UNTOUCHED in record["overall"]["arms"]:
+            return evaluation.against_first(tasks)
         return f"{evaluation.downstream(tasks)}\n\n{evaluation.headline(tasks)}"
     if "defects" in record:
         return evaluation.quality(record)

@@ -70,6 +70,25 @@ def overall(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     return found
 
 
+def against_first(tasks: Mapping[str, Mapping[str, Any]], metric: str = "pixel_ap") -> str:
+    """Table of one metric: a row per task, a column per arm; the last row is of means over tasks.
+
+    Every arm but the first is also given as a share of the first.
+    """
+    arms = list(overall(tasks))
+    rows = {name: record["arms"] for name, record in tasks.items()}
+    if len(rows) > 1:
+        rows["**mean**"] = overall(tasks)
+    lines = [[_HEADS[metric], *arms]]
+    for name, found in rows.items():
+        first = found[arms[0]]["mean"][metric]
+        shares = (f" ({found[arm]['mean'][metric] / first:.0%})" for arm in arms[1:])
+        cells = (_mean_and_spread(found[arm], metric) for arm in arms)
+        parts = zip(cells, ["", *shares], strict=True)
+        lines.append([name, *(cell + share for cell, share in parts)])
+    return markdown_table(lines)
+
+
 def gap_closed(found: Mapping[str, Mapping[str, Any]], metric: str) -> float | None:
     """Part of the way from `real` to `ceiling` that `generated` goes; None without such a way.
 
