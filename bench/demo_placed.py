@@ -64,7 +64,11 @@ def measure(
         draw(preset, folder, count, how, ACCEPT if name == ACCEPTED else {})
         arms[name] = kept(folder, only_accepted=name == ACCEPTED)
     drawn_by = adapters.load(preset.adapter).sha256[:8]
-    source = {"adapter": drawn_by, "pairs": {name: len(x) for name, x in arms.items()}}
+    source = {
+        **demo_tasks.base(),
+        "adapter": drawn_by,
+        "pairs": {name: len(x) for name, x in arms.items()},
+    }
 
     def task() -> Task:
         return arms_task(arms, preset.part, preset.defect, options.size)

@@ -104,7 +104,7 @@ def _add_quality(file: Path, preset: Preset, pairs: list[Sample]) -> None:
 def _add_downstream(
     file: Path, preset: Preset, pairs: list[Sample], options: DownstreamOptions
 ) -> None:
-    source = {"adapter": _adapter(pairs), "pairs": len(pairs)}
+    source = {**demo_tasks.base(), "adapter": _adapter(pairs), "pairs": len(pairs)}
 
     def task() -> Task:
         return factory_task(pairs, preset.part, preset.defect, options.size)

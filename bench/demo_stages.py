@@ -63,7 +63,7 @@ def measure(
 ) -> None:
     """Add a preset's task to the record, unless it stands there."""
     source = {
-        "base": BaseModel(BASE).sha256[:8],
+        **demo_tasks.base(),
         "adapter": adapters.load(preset.adapter).sha256[:8],
         "pictures": count,
         "arms": list(arms),

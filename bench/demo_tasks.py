@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine.demo.presets import PRESETS, Preset
+from dualdiff_engine.base_model import BaseModel
+from dualdiff_engine.demo.presets import BASE, PRESETS, Preset
 from dualdiff_engine.evaluation import records, report
 from dualdiff_engine.evaluation.downstream import DownstreamOptions, Task, run
 from dualdiff_engine.pair import versions
@@ -16,6 +17,11 @@ from dualdiff_engine.pair import versions
 def read(file: Path) -> dict[str, Any]:
     """The tasks of a record by the name of their preset; none if there is no such file."""
     return json.loads(file.read_text("utf-8"))["tasks"] if file.is_file() else {}
+
+
+def base() -> dict[str, str]:
+    """For `source`: which base model drew, whose decoder may change under the same adapters."""
+    return {"base": BaseModel(BASE).sha256[:8]}
 
 
 def add(

@@ -131,6 +131,9 @@ class Engine:
                 f"the base UNet lacks {fold.diffusers_name(lacking[0])} "
                 f"({len(lacking)} tensors in all): download it again"
             )
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            # in half precision the folded kernels would be rounded anew
+            self.unet.fold_doublings()
         if cuda_graph is False or not graphs.wanted(cuda_graph, self.device):
             return self.unet
         return GraphedDenoiser(self.unet, required=cuda_graph is True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualdiff_engine.model import doubling
 from dualdiff_engine.model.attention_site import SelfSite, TextSite
 from dualdiff_engine.model.call import Call
 from dualdiff_engine.model.config import UNetConfig
@@ -59,6 +60,28 @@ class Convolution(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """input [N, C, h, w] channels-last -> [N, D, h', w']."""
         return self.ops.convolution(input, self.weight, self.bias, self.stride, self.padding)
+
+
+class Upsampling(Convolution):
+    """A convolution on a map that is made as large as the next one, by nearest neighbours."""
+
+    def __init__(self, ops: Ops, channels: int) -> None:
+        super().__init__(ops, channels, channels, 3, padding=1)
+        self._folded: list[str] = []
+
+    def fold(self) -> None:
+        """Have exact doublings computed as four 2 x 2 convolutions, by the weight as it is now."""
+        self._folded = [f"kernel_{row}{column}" for row, column in doubling.PLACES]
+        for name, kernel in zip(self._folded, doubling.kernels(self.weight), strict=True):
+            self.register_buffer(name, kernel, persistent=False)
+
+    def upsample(self, x: Tensor, size: torch.Size) -> Tensor:
+        """x [N, C, h, w] -> [N, C, *size]."""
+        exact = size[0] == 2 * x.shape[2] and size[1] == 2 * x.shape[3]
+        if self._folded and exact and not torch.compiler.is_exporting():
+            return doubling.doubled(x, [getattr(self, name) for name in self._folded], self.bias)
+        # odd sizes: double to the size of the map that comes next, as diffusers does
+        return self(F.interpolate(x, size=size, mode="nearest"))
 
 
 class ResnetBlock(nn.Module):
@@ -179,10 +202,11 @@ class Level(nn.Module):
             self.resnets.append(plan.resnet(width, outer))
             if attention:
                 self.attentions.append(plan.transformer(outer, level))
-        stride = 2 if resample == "down" else 1
-        self.resample = (
-            Convolution(plan.ops, outer, outer, 3, stride, padding=1) if resample else None
-        )
+        self.resample: Convolution | None = None
+        if resample == "down":
+            self.resample = Convolution(plan.ops, outer, outer, 3, stride=2, padding=1)
+        elif resample == "up":
+            self.resample = Upsampling(plan.ops, outer)
 
     def steps(self) -> Iterator[tuple[ResnetBlock, Transformer | None]]:
         attentions = cast(list[Transformer | None], list(self.attentions))
@@ -206,9 +230,8 @@ class Level(nn.Module):
             x = resnet(torch.cat([call.all_rows(x), skip], dim=1), call)
             if attention is not None:
                 x = attention(x, call)
-        if self.resample is not None:
-            # odd sizes: double to the size of the map that comes next, as diffusers does
-            x = self.resample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+        if isinstance(self.resample, Upsampling):
+            x = self.resample.upsample(x, skips[-1].shape[-2:])
         return x
 
 
