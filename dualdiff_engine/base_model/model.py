@@ -98,6 +98,13 @@ class BaseModel:
                 )
         return {n.removesuffix(".to_k.weight"): (k[0], k[1]) for n, k in keys.items()}
 
+    @property
+    def text_layers(self) -> dict[str, int]:
+        """Hidden width of every attention layer of the text encoder, by its module path."""
+        config = self._text_values
+        layer, width = "text_model.encoder.layers.{}.self_attn", int(config["hidden_size"])
+        return {layer.format(n): width for n in range(int(config["num_hidden_layers"]))}
+
     @cached_property
     def _schedulers(self) -> Schedulers:
         return Schedulers(self.folder / "scheduler" / "scheduler_config.json")
