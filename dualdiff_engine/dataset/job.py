@@ -276,7 +276,7 @@ class Job(Part):
     sampling: Sampling = Sampling()
     """How all of them are drawn."""
     limits: Limits = Limits()
-    """What a run may take."""
+    """Memory, attempts and patience of a run."""
     gates: Gates = Gates()
     """Which pairs are good."""
     engine: Machine = Machine()

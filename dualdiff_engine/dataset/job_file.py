@@ -142,20 +142,16 @@ def _line(error: ValidationError) -> str:
 def _where(location: Sequence[int | str]) -> str:
     """defects[0].pairs; names of alternatives, which pydantic adds, are left out."""
     text, model = "", Job
-    fields: Any = model
+    at: Any = model
     for step in location:
         if isinstance(step, int):
             text += f"[{step}]"
-        elif _is_field(fields, step) or not text:
+        elif at is dict or step in getattr(at, "model_fields", {}):
             text += f".{step}" if text else step
-            fields = _model_of(fields, step)
+            field = getattr(at, "model_fields", {}).get(step)
+            is_dict = field is not None and getattr(field.annotation, "__origin__", None) is dict
+            at = dict if is_dict else _model_of(at, step)
     return text
-
-
-def _is_field(model: Any, name: str) -> bool:
-    # in `good` every name is one
-    known = model is None or name in getattr(model, "model_fields", {})
-    return known and not any(sign in name for sign in "[({")
 
 
 def _model_of(model: Any, name: str) -> Any:

@@ -121,9 +121,10 @@ class Worker:
         waited = time.monotonic()
         self._room.acquire()
         self.signs.waited(time.monotonic() - waited)
+        # before the pair counts as pending: it would be waited for
+        self._check()
         with self._idle:
             self._pending += 1
-        self._check()
         self._pool.submit(self._finish, finish, by_seed, batch)
 
     def _finish(self, finish: Callable[[], Pair], by_seed: Mapping[int, Task], batch: int) -> None:
