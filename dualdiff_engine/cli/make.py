@@ -179,8 +179,10 @@ def _show_status(found: Status) -> None:
         typer.echo("complete")
     elif found.left is not None:
         typer.echo(f"left: about {_duration(found.left)}")
+    elif any(worker.state == "alive" for worker in found.workers):
+        typer.echo("left: not known before some pairs are drawn")
     else:
-        typer.echo("not complete, and no worker has drawn a pair lately: run dualdiff make")
+        typer.echo("not complete, and no worker is drawing: run dualdiff make")
 
 
 def verify(

@@ -269,3 +269,16 @@ def test_status_is_read_without_pytorch_and_rows(whole: Path) -> None:
     assert [d["accepted"] for d in found["defects"]] == [6, 6]
     assert found["left"] == 0
     assert {worker["state"] for worker in found["workers"]} == {"ended"}
+
+
+def test_a_worker_is_a_process_of_its_own(tmp_path: Path) -> None:
+    told = {"root": str(tmp_path), "run": "r", "writer": "r-0", "shard": "0-of-1"}
+    told |= {"device": "cpu", "painter": NAME}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", POPEN)
+        run = subprocess.run(
+            [sys.executable, "-m", "dualdiff_engine.dataset.worker", json.dumps(told)],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    assert run.returncode == 1
+    assert "is not a job" in json.loads(run.stdout)["fatal"]
