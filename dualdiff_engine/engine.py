@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ from dualdiff_engine.settings import (
     sampling_of,
 )
 
+T = TypeVar("T")
 # diffusers' convention: (engine, step, timestep, {"latents": [B, 2, 4, h, w]}) -> the same dict
 StepCallback = Callable[["Engine", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 # where installed packages register what runs exported networks, under the backend's name
@@ -453,7 +454,19 @@ class Engine:
         )
         return self._until_interrupted(pipeline.generate(run, request))
 
-    def _until_interrupted(self, pairs: Generator[Pair, None, None]) -> Generator[Pair, None, None]:
+    def unfinished(
+        self, seeds: Sequence[int], **options: Any
+    ) -> Generator[Callable[[], Pair], None, None]:
+        """As `stream`, but hand out what makes each pair: one call, in any thread.
+
+        Masks and scores are made by it, so that the device goes on meanwhile. options: those of
+        `pipeline.request.check`.
+        """
+        run = self._run()
+        request = check(run, None, seeds, options.pop("sampling", None) or Sampling(), **options)
+        return self._until_interrupted(pipeline.unfinished(run, request))
+
+    def _until_interrupted(self, pairs: Generator[T, None, None]) -> Generator[T, None, None]:
         """The pairs of a run; an interruption ends this run and no later one."""
         try:
             yield from pairs

@@ -201,7 +201,7 @@ class FolderWriter:
         lost = self._lost.pop((_key(identity(pair.recipe)), pair.seed), None)
         index = self._next if lost is None else lost.index
         files = _files_of(index)
-        contents = {self.root / file: _encode(pair, kind) for kind, file in files.items()}
+        contents = {self.root / file: png_of(pair, kind) for kind, file in files.items()}
         names = ("seed", "empty_mask", "scores", "accepted", "recipe")
         record = {name: getattr(pair, name) for name in names}
         line = json.dumps({"index": index, "files": files, **record}).encode() + b"\n"
@@ -353,7 +353,8 @@ def _row_of(line: bytes, index: int | None = None) -> Row | None:
     return Row(index, seed, recipe) if agrees else None
 
 
-def _encode(pair: Pair, kind: str) -> bytes:
+def png_of(pair: Pair, kind: str) -> bytes:
+    """A picture of a pair as a PNG file. Raises SettingsError for another output type than pil."""
     picture = getattr(pair, kind)
     if not isinstance(picture, Image.Image) or picture.mode != KINDS[kind]:
         raise SettingsError("FolderWriter needs pairs generated with output_type='pil'")

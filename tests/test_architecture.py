@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dualdiff_engine"
 OPTIONAL = (
     *("triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "xformers"),
-    *("matplotlib", "torch_fidelity", "lpips"),
+    *("matplotlib", "torch_fidelity", "lpips", "pydantic"),
 )
 
 # What the modules of a room (or a single module) may import of ours. Every module is in one of
@@ -51,13 +51,27 @@ LAYERS: dict[str, set[str]] = {
         *("adapters", "demo", "engine", "errors", "files", "folder_writer", "pair", "pictures"),
         *("settings", "training"),
     },
+    "dataset": {
+        *("adapters", "base_model", "demo", "device", "engine", "errors", "files", "folder_writer"),
+        *("pair", "pictures", "pipeline", "settings", "training"),
+    },
     "cli": {
-        *("adapters", "base_model", "demo", "device", "engine", "errors", "evaluation", "files"),
-        *("folder_writer", "model", "ops", "pair", "pictures", "pipeline", "settings", "training"),
+        *("adapters", "base_model", "dataset", "demo", "device", "engine", "errors", "evaluation"),
+        *(
+            "files",
+            "folder_writer",
+            "model",
+            "ops",
+            "pair",
+            "pictures",
+            "pipeline",
+            "settings",
+            "training",
+        ),
     },
 }
 PACKAGE_ROOMS = set(LAYERS)
-LAYERS["export"] = PACKAGE_ROOMS - {"cli", "training", "evaluation", "demo"}
+LAYERS["export"] = PACKAGE_ROOMS - {"cli", "training", "evaluation", "demo", "dataset"}
 LAYERS["bench"] = PACKAGE_ROOMS | {"export"}
 # the command line registers the verbs of the exports
 ARROWS_UP = {("cli.main", "export.cli")}

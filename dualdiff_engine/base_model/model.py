@@ -6,6 +6,7 @@ in their file until the weights module asks for one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -97,6 +98,22 @@ class BaseModel:
                     "dimensions: download it again"
                 )
         return {n.removesuffix(".to_k.weight"): (k[0], k[1]) for n, k in keys.items()}
+
+    @property
+    def text_layers(self) -> dict[str, int]:
+        """Hidden width of every attention layer of the text encoder, by its module path."""
+        # not `_text_values`: an adapter of another base is told by its own layers
+        path = self.folder / "text_encoder" / "config.json"
+        try:
+            config = json.loads(path.read_text("utf-8"))
+            config = config.get("text_config") or config
+            width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BaseModelError(
+                f"{path} cannot be read: the base model is incomplete, download it again"
+            ) from error
+        layer = "text_model.encoder.layers.{}.self_attn"
+        return {layer.format(n): width for n in range(layers)}
 
     @cached_property
     def _schedulers(self) -> Schedulers:

@@ -22,6 +22,7 @@ import dualdiff_engine
 from dualdiff_engine import settings
 from dualdiff_engine.cli import demo as demos
 from dualdiff_engine.cli import evaluate as evaluation
+from dualdiff_engine.cli import make as making
 from dualdiff_engine.cli import tune as tuning
 from dualdiff_engine.cli.doctor import doctor, print_table
 from dualdiff_engine.cli.interrupt import INTERRUPTED, TERMINATED, clean_stop
@@ -80,7 +81,6 @@ from dualdiff_engine.cli.train import train
 from dualdiff_engine.cli.tune import continued
 from dualdiff_engine.errors import (
     AdapterError,
-    BaseModelError,
     DataError,
     DualDiffError,
     SettingsError,
@@ -448,17 +448,11 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     from dualdiff_engine.base_model import BaseModel
 
     model = BaseModel(base)
-    path = model.folder / "text_encoder" / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        width, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaseModelError(
-            f"{path} cannot be read: the base model is incomplete, download it again"
-        ) from error
-    layer = "text_model.encoder.layers.{}.self_attn"
-    return model.site_shapes, {layer.format(n): width for n in range(layers)}
+    return model.site_shapes, model.text_layers
 
 
 app.command()(doctor)
 app.command("tune")(tuning.tune)
+app.command("make")(making.make)
+app.command("status")(making.status)
+app.command("verify")(making.verify)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ONE_COLOUR = "its image is of one colour"
 _TRY = "try dtype float32, a lower guidance, another scheduler, or an earlier checkpoint"
 
 
@@ -45,5 +46,10 @@ def of_pictures(image: Tensor, anomaly: Tensor) -> str | None:
             return f"the VAE's {name} is not finite: {_TRY}"
     low, high = torch.aminmax(image.flatten(1), dim=1)
     if bool((high - low < 0.5 / 255).all()):
-        return f"its image is of one colour: {_TRY}"
+        return f"{_ONE_COLOUR}: {_TRY}"
     return None
+
+
+def kind_of(reason: str) -> str:
+    """What a reason says in a word: black, for one colour, or not_finite."""
+    return "black" if reason.startswith(_ONE_COLOUR) else "not_finite"

@@ -79,6 +79,16 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
         OutOfMemoryError: Not even one pair fits, to be drawn or to be decoded.
         SettingsError: The adapter was switched, or the engine is in use by another caller.
     """
+    for finish in unfinished(run, request):
+        yield finish()
+
+
+@torch.inference_mode()
+def unfinished(run: Run, request: Request) -> Generator[Callable[[], Pair], None, None]:
+    """As `generate`; what is yielded makes the pair, once, in any thread.
+
+    Masks, pasting and scores are made by that call and need no device: it can go on meanwhile.
+    """
     if not request.pairs or run.interrupted():
         return
     encoded = PictureLatents(run.vae)
@@ -95,9 +105,14 @@ def generate(run: Run, request: Request) -> Generator[Pair, None, None]:
             draws = draws[len(drawn) :]
             if request.acceptance is None:
                 for one in drawn:
-                    yield from road.finished(one)
+                    yield from road.decoded(one)
             else:
-                yield from _accepted(road, drawn, request.acceptance.attempts)
+                for pair in _accepted(road, drawn, request.acceptance.attempts):
+                    yield partial(_itself, pair)
+
+
+def _itself(pair: Pair) -> Pair:
+    return pair
 
 
 @dataclass(frozen=True)
@@ -150,8 +165,8 @@ class _Road:
         # a batch that did not fit is shorter
         return [Drawn(*one) for one in zip(draws, *result, canvases, strict=False)]
 
-    def finished(self, drawn: Drawn) -> Iterator[Pair]:
-        """The decoded pair with its mask; nothing, after `on_fault`, when it cannot be used."""
+    def decoded(self, drawn: Drawn) -> Iterator[Callable[[], Pair]]:
+        """What makes the pair of its pictures; nothing, after `on_fault`, if it cannot be used."""
         run, request, canvas = self.run, self.request, drawn.canvas
         fault = faults.of_latents(drawn.bad_step, run.dtype)
         if fault is None:
@@ -164,7 +179,7 @@ class _Road:
                     normal = _with_room(run, doing, rebuilt)
             fault = faults.of_pictures(image, anomaly)
         if fault is None:
-            yield _pair(request, drawn, image, anomaly, normal)
+            yield partial(_pair, request, drawn, image, anomaly, normal)
         elif drawn.draw.attempt:
             # an earlier attempt can be used
             return
@@ -186,7 +201,8 @@ def _accepted(road: _Road, drawn: list[Drawn], attempts: int) -> Iterator[Pair]:
     while drawn:
         again = []
         for one in drawn:
-            for pair in road.finished(one):
+            for finish in road.decoded(one):
+                pair = finish()
                 known = best.setdefault(one.draw.number, pair)
                 if len(pair.missed) < len(known.missed):
                     best[one.draw.number] = pair
