@@ -175,11 +175,12 @@ class Case:
     def judged(self, count: int) -> dict[str, Any]:
         """FLOPs, nearness and verdict of every sampling."""
         names = [f"{DISTILLED} {calls}" for calls in CALLS]
-        drawn, rows = {}, {}
+        drawn: dict[str, Drawn] = {}
+        rows: dict[str, dict[str, Any]] = {}
         with Engine.from_pretrained(BASE, device="cpu") as engine:
             engine.load_adapter(self.preset.adapter, "teacher")
             engine.load_adapter(self.adapter, DISTILLED)
-            guided, conditional = (flops(engine, rows) for rows in (2, 1))
+            guided, conditional = (flops(engine, row_count) for row_count in (2, 1))
             arms = samplings(["fast"], self.guidance, 48)
             arms |= {f"{DISTILLED} {n}": Sampling(preset=DISTILLED, steps=n) for n in CALLS}
             for name, sampling in arms.items():
