@@ -88,7 +88,7 @@ def train_adapter(
         # the caller may be in inference mode
         with torch.inference_mode(False), torch.enable_grad():
             taught = _taught(teacher, options)
-            return _Run(base, data, Path(output), options, taught, progress).train(should_stop)
+            return _Run(base, data, Path(output), options, progress, taught).train(should_stop)
     except Exception as error:
         # one of ours says already what ran out
         if isinstance(error, TrainingError) or not is_out_of_memory(error):
@@ -118,8 +118,8 @@ class _Run:
         data: str | Path | None,
         output: Path,
         options: TrainingOptions,
-        teacher: Teacher | None,
         progress: bool,
+        teacher: Teacher | None = None,
     ) -> None:
         options = teacher.options(options) if teacher else options
         self.options, self.output, self.progress = options, output, progress
@@ -209,11 +209,10 @@ class _Run:
         )
         if self.state.exists():
             self.losses = state.restore(self.state, self.network.parameters, self.optimizer)
-        if calls is not None:
-            self.lessons: LatentSet | GuidedCalls = calls
-        elif self.done < options.steps:
-            self.context = None if self.network.trains_text else self._encode_prompts().detach()
-            self.lessons = self._encode()
+        if self.teacher is None and not self.network.trains_text:
+            self.context = self._encode_prompts().detach()
+        if self.done < options.steps:
+            self.lessons: LatentSet | GuidedCalls = calls or self._encode()
 
     def _guided_calls(self) -> GuidedCalls:
         options = self.options
