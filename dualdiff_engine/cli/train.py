@@ -131,8 +131,8 @@ def train(
     given = locals()
     others = ("context", "base", "data", "defect", "source", "out", "quiet")
     chosen = {name: value for name, value in given.items() if name not in others}
+    _check(context, data, defect, source)
     options = TrainingOptions(defect or "", **chosen)
-    _check(context, data, source)
     with clean_stop() as stopped:
         from dualdiff_engine.training.trainer import train_adapter
 
@@ -146,8 +146,12 @@ def train(
         typer.echo(f"{result.adapter} after {len(result.losses)} steps")
 
 
-def _check(context: typer.Context, data: Path | None, source: Path | None) -> None:
+def _check(
+    context: typer.Context, data: Path | None, defect: str | None, source: Path | None
+) -> None:
     """Refuse what can be refused before a library is loaded."""
+    if source is None and (data is None or defect is None):
+        raise SettingsError("pass --data and --defect, or --from and --distill-guidance")
     if data is not None and not data.is_dir():
         raise SettingsError(f"--data: no folder {str(data)!r}")
     if source is None:

@@ -375,7 +375,7 @@ def test_commands(teachers: dict[bool, Path], distilled: Path, tmp_path: Path, c
     assert main([*taught, *small, "--distill-guidance", "2", "--rank", "8"]) == 2
     assert "--rank is that of --from" in capsys.readouterr().err
     assert main(["train", "--base", base, "--out", out]) == 2
-    assert "defect must be" in capsys.readouterr().err
+    assert "pass --data and --defect, or --from" in capsys.readouterr().err
 
 
 def test_the_gate_compares_with_the_teacher(
