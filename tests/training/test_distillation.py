@@ -189,18 +189,18 @@ def test_an_error_counts_as_one_of_the_velocity() -> None:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(teachers: dict[bool, Path], tmp_path: Path) -> None:
-    whole = distil(teachers[False], tmp_path / "whole", steps=4, accumulate=2)
+    whole = distil(teachers[False], tmp_path / "whole", steps=2, trajectories=2)
     stopped = distil(
-        teachers[False], tmp_path / "parts", steps=4, accumulate=2, should_stop=lambda: True
+        teachers[False], tmp_path / "parts", steps=2, trajectories=2, should_stop=lambda: True
     )
     assert stopped.adapter is None
-    again = distil(teachers[False], tmp_path / "parts", steps=4, accumulate=2)
+    again = distil(teachers[False], tmp_path / "parts", steps=2, trajectories=2)
     assert torch.equal(whole.losses, again.losses)
     first, second = tmp_path / "whole", tmp_path / "parts"
     assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
     assert load_file(first / STATE).keys() == load_file(second / STATE).keys()
     with pytest.raises(SettingsError, match="another distill_guidance"):
-        distil(teachers[False], first, steps=4, accumulate=2, distill_guidance=2.0)
+        distil(teachers[False], first, steps=2, trajectories=2, distill_guidance=2.0)
 
 
 def test_a_run_of_another_teacher_is_refused(
