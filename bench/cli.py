@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualdiff_engine.errors import DualDiffError, SettingsError
-from dualdiff_engine.settings import PRESETS
+from dualdiff_engine.settings import DISTILLED, PRESETS
 
 if TYPE_CHECKING:
     from dualdiff_engine.bench.step.case import Case
@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--preset",
-        choices=tuple(PRESETS),
+        # all peers run with guidance
+        choices=tuple(name for name in PRESETS if name != DISTILLED),
         help="as many calls as a preset makes on SD-1.5 (released: 101, with background 51)",
     )
     p.add_argument("--rounds", type=int, default=3, help="timed steps per peer (default 3)")

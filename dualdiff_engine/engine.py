@@ -326,11 +326,12 @@ class Engine:
             batch: Pairs computed at once, 1 to `max_batch`. Default: as many as fit in both.
             steps: Scheduler steps; PNDM makes one denoiser call more. Default: 100, with a
                 background 50, as released.
-            guidance: Guidance scale. Default: 2.5, with a background 2.0, as released.
+            guidance: Guidance scale. Default: 2.5, with a background 2.0, as released. A distilled
+                adapter holds its own and takes no other.
             scheduler: Class name of a diffusers scheduler. Default: the base model's.
             size: Pixels, one number or (height, width). Default: the base model's.
-            preset: "released", "fast" or "draft", which fills in what is not given. Default: none,
-                which is the same as "released".
+            preset: "released", "fast", "draft" or "distilled", which fills in what is not given.
+                Default: none, which is the same as "released".
             prompts: `Prompts`, or (image prompt, anomaly prompt). Default: those that the bundle
                 records for the adapter, else the released ones.
             background: The surroundings to keep, for adapters trained with a background; one for
@@ -476,9 +477,13 @@ class Engine:
     def _run(self) -> Run:
         """The parts that draw pairs with the active adapter."""
         resident, name = self._require_adapter(), self._active
+        summary = resident.summary
+        adapter: dict[str, Any] = {"source": summary.file, "sha256": summary.sha256}
+        if summary.held_guidance is not None:
+            adapter["guidance"] = summary.held_guidance
         facts = Facts(
             base={"source": self.base.source, "sha256": self.base.sha256},
-            adapter={"source": resident.summary.file, "sha256": resident.summary.sha256},
+            adapter=adapter,
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             backends=self.ops.recorded,
@@ -500,8 +505,9 @@ class Engine:
             pixels_per_latent=self.base.pixels_per_latent,
             scheduler=type(self.base.scheduler).__name__,
             adapter=name,
-            trained_background=resident.summary.background,
-            window=resident.summary.window,
+            trained_background=summary.background,
+            window=summary.window,
+            held_guidance=summary.held_guidance,
             prompts=resident.prompts,
             facts=facts,
             # by content: another file may have been loaded under the name

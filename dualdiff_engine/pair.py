@@ -124,12 +124,12 @@ def versions() -> dict[str, str]:
 class Facts:
     """What all pairs of an engine share: where they are drawn and with which weights.
 
-    base, adapter: source and sha256 of each. backends: op, or op@class -> backend. tf32: whether
-    float32 products on a GPU were rounded to TF32.
+    base, adapter: source and sha256 of each, and the guidance that the adapter holds. backends: op,
+    or op@class -> backend. tf32: whether float32 products on a GPU were rounded to TF32.
     """
 
     base: Mapping[str, str]
-    adapter: Mapping[str, str]
+    adapter: Mapping[str, Any]
     dtype: str
     device: str
     backends: Mapping[str, str]

@@ -19,6 +19,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,12 +28,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dualdiff_engine.adapters.distilled import Distilled
 from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.files import sha256_of, written_whole
 
 STEM = "pytorch_lora_weights"
-# of a file's metadata
-WINDOW = "dualdiff_window"
+# of a file's metadata; a distilled adapter's window is in the second
+WINDOW, DISTILLED = "dualdiff_window", "dualdiff_distilled"
 
 # an SD-1.5 adapter with background and rank 128 is 0.75 GB in fp32; four times that is too much
 MAX_FILE_BYTES = 3 << 30
@@ -138,24 +140,59 @@ def sha256(path: Path) -> str:
         return sha256_of(path)
 
 
-def window(path: Path) -> float | None:
-    """The ratio of the windows that a file's adapter was trained on (`dualdiff train --window`)."""
+@dataclass(frozen=True)
+class Origin:
+    """How a file's adapter was trained, as far as the file says.
+
+    window: the ratio of the windows that it was trained on (`dualdiff train --window`). distilled:
+    the guidance that it holds.
+    """
+
+    window: float | None = None
+    distilled: Distilled | None = None
+
+    def metadata(self) -> dict[str, str]:
+        """One entry: safetensors writes several in any order, and equal runs give equal files."""
+        if self.distilled is not None:
+            row = {**asdict(self.distilled), "window": self.window}
+            return {DISTILLED: json.dumps(row, sort_keys=True)}
+        return {"format": "pt"} if self.window is None else {WINDOW: str(self.window)}
+
+
+def origin(path: Path) -> Origin:
+    """Raises AdapterError for a file that says that it holds guidance, but not which."""
     if path.suffix != ".safetensors":
-        return None
+        return Origin()
     with _readable(path):
         metadata = _header(path)[0].get("__metadata__")
+    if not isinstance(metadata, dict):
+        return Origin()
+    if DISTILLED not in metadata:
+        return Origin(_window(metadata.get(WINDOW)))
     try:
-        ratio = float(metadata[WINDOW]) if isinstance(metadata, dict) else math.nan
-    except (KeyError, TypeError, ValueError):
+        row = json.loads(metadata[DISTILLED])
+        return Origin(_window(row.get("window")), Distilled.of(row))
+    # hundreds of brackets end in a RecursionError
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(
+            f"{path.name!r} says that it holds guidance, but not which ({error}): copy it again, "
+            "or use its teacher"
+        ) from error
+
+
+def _window(value: object) -> float | None:
+    try:
+        ratio = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
         # of another program, or damaged: the adapter itself is whole
         return None
     return ratio if 1 <= ratio <= 1000 else None
 
 
-def write(path: Path, tensors: dict[str, Tensor], window: float | None = None) -> None:
+def write(path: Path, tensors: dict[str, Tensor], made: Origin | None = None) -> None:
     """Write `.safetensors` so that a crash leaves the old file or none.
 
-    window: the ratio of the windows that the adapter was trained on.
+    made: how the adapter was trained.
 
     Raises AdapterError, before anything is written, for NaN or infinity, and OutputError.
     """
@@ -168,8 +205,7 @@ def write(path: Path, tensors: dict[str, Tensor], window: float | None = None) -
     # safetensors refuses shared memory, and would lose the sign of a negated view
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     with written_whole(path) as partial:
-        # one entry: safetensors writes several in any order, and equal runs give equal files
-        save_file(own, partial, {"format": "pt"} if window is None else {WINDOW: str(window)})
+        save_file(own, partial, (made or Origin()).metadata())
 
 
 def _check_header(path: Path) -> None:

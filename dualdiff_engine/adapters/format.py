@@ -12,11 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualdiff_engine.adapters import files
+from dualdiff_engine.adapters.distilled import Distilled
 from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.settings import BRANCHES
 
@@ -106,6 +108,7 @@ class Adapter:
     """A validated adapter: sites by module path in the UNet, text LoRA by module path.
 
     window: the ratio of the windows that it was trained on; None: whole pictures, or not known.
+    distilled: the guidance that it holds; None: an adapter that needs unconditional rows for it.
     """
 
     sites: Mapping[str, SiteAdapter]
@@ -115,6 +118,7 @@ class Adapter:
     sha256: str = ""
     source: str = ""
     window: float | None = None
+    distilled: Distilled | None = None
 
     @property
     def has_background(self) -> bool:
@@ -137,7 +141,8 @@ def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
     """
     path = files.find(source, allow_pickle=allow_pickle)
     loaded = parse(files.read(path), source=str(path), sha256=files.sha256(path))
-    return replace(loaded, window=files.window(path))
+    made = files.origin(path)
+    return replace(loaded, window=made.window, distilled=made.distilled)
 
 
 def default_name(source: str | Path) -> str:
@@ -167,11 +172,11 @@ def convert(source: str | Path, target: str | Path) -> Adapter:
     if target.suffix != ".safetensors":
         raise AdapterError(f"{str(target)!r} must end in .safetensors")
     path = files.find(source, allow_pickle=True)
-    tensors, window = files.read(path), files.window(path)
+    tensors, made = files.read(path), files.origin(path)
     parse(tensors, source=str(path))
-    files.write(target, tensors, window)
+    files.write(target, tensors, made)
     loaded = parse(tensors, source=str(target), sha256=files.sha256(target))
-    return replace(loaded, window=window)
+    return replace(loaded, window=made.window, distilled=made.distilled)
 
 
 def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:
@@ -234,6 +239,33 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
             )
         plain[own], given[own] = tensor, name
     return plain, given
+
+
+def named(adapter: Adapter) -> dict[str, Tensor]:
+    """The inverse of `parse`: tensors by their released names, of what is used alone."""
+    tensors: dict[str, Tensor] = {}
+
+    def affine(name: str, one: Affine) -> None:
+        tensors.update({f"{name}.weight": one.weight, f"{name}.bias": one.bias})
+
+    def low_rank(name: str, one: LowRank) -> None:
+        tensors.update({f"{name}.down.weight": one.down, f"{name}.up.weight": one.up})
+
+    for path, site in adapter.sites.items():
+        prefix = _prefix(path, site.background is not None)
+        for branch, lora in enumerate(site.lora):
+            for part, pair in lora.items():
+                low_rank(f"{prefix}.to_{part}_lora.{branch}", pair)
+        for theirs, ours in _INTERACTION.items():
+            affine(f"{prefix}.temporal_{theirs}", site.interaction[ours])
+        if site.background is not None:
+            affine(f"{prefix}.temporal_condition_mlp.0", site.background.reduce)
+            affine(f"{prefix}.temporal_condition_mlp.1", site.background.expand)
+            tensors[f"{prefix}.temporal_a"] = site.background.amount
+    for path, text in adapter.text.items():
+        for part, pair in text.items():
+            low_rank(f"text_encoder.{path}.to_{part}_lora", pair)
+    return tensors
 
 
 def _known_part(part: str) -> bool:
@@ -406,7 +438,7 @@ class AdapterSummary:
     file: its path. rank: of all LoRA. sites: how many. background: whether it needs one. blend: the
     learnt share of the background per site. text_encoder_layers: how many carry LoRA.
     context_width: of the prompts that it reads. base: the family of base models that it fits.
-    window: as in `Adapter`.
+    window, distilled: as in `Adapter`.
     """
 
     file: str
@@ -421,6 +453,19 @@ class AdapterSummary:
     context_width: list[int]
     base: str
     window: float | None = None
+    distilled: Distilled | None = None
+
+    @property
+    def held_guidance(self) -> float | None:
+        """Of a distilled adapter."""
+        return self.distilled.guidance if self.distilled else None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> AdapterSummary:
+        """The inverse of `asdict`. Raises TypeError and ValueError for anything else."""
+        distilled = values.get("distilled")
+        held = None if distilled is None else Distilled.of(distilled)
+        return cls(**{**values, "distilled": held})
 
 
 def summary(adapter: Adapter) -> AdapterSummary:
@@ -443,4 +488,5 @@ def summary(adapter: Adapter) -> AdapterSummary:
         context_width=widths,
         base=", ".join(families.get(w, f"a model with text width {w}") for w in widths),
         window=adapter.window,
+        distilled=adapter.distilled,
     )

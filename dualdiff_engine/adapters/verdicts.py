@@ -43,7 +43,7 @@ def keep(adapter: str | Path, sha256: str, found: Mapping[str, Mapping[str, Any]
 
 def of_run(
     base: Mapping[str, str],
-    adapter: Mapping[str, str],
+    adapter: Mapping[str, Any],
     sampling: ChosenSampling,
     *,
     placed: bool = False,

@@ -436,8 +436,9 @@ def inspect(
     summary["parameters"] = f"{summary['parameters']:,}"
     summary["background"] = "needed; learnt blend weight per site:" if blend else "none"
     summary["window"] = summary["window"] or "none: whole pictures, or not recorded"
+    summary["distilled"] = str(loaded.distilled or "no: guidance needs unconditional rows")
     summary["fits"] = base or "not checked: pass --base"
-    for name in settings.MEASURED:
+    for name in settings.MEASURED[loaded.distilled is not None]:
         summary[f"preset {name}"] = verdicts.line(presets.get(name))
     rows = ((name.replace("_", " "), value) for name, value in summary.items())
     print_table(chain(rows, ((name, f"{value:.4f}") for name, value in blend.items())))

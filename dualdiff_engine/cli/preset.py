@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from dualdiff_engine.cli.options import (
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.settings import (
     MEASURED,
+    PRESETS,
     RELEASED,
     Background,
     Sampling,
@@ -35,12 +37,18 @@ if TYPE_CHECKING:
 
 # of the networks of the gate `downstream`: a side in pixels, and steps
 SIZE, STEPS = 64, 200
+# the name of a distilled adapter's teacher in the engine, and what it draws
+TEACHER, COMPARED = "its teacher", ("converged", RELEASED)
 # a preset was measured and did not pass
 FAILED_GATE = 1
 
 Presets = Annotated[
     list[str] | None,
-    typer.Option("--preset", help=f"Preset; repeat for more. Default: {', '.join(MEASURED)}."),
+    typer.Option(
+        "--preset",
+        help=f"Preset; repeat for more. Default: {', '.join(MEASURED[False])}; of a distilled "
+        f"adapter {', '.join(MEASURED[True])}.",
+    ),
 ]
 Pairs = Annotated[int, typer.Option(min=3, max=10_000, help="Pairs, of the seeds 0, 1, 2, …")]
 Reference = Annotated[
@@ -53,6 +61,10 @@ Keep = Annotated[
     bool, typer.Option("--keep", help="Write the verdicts beside the adapter, for recipes.")
 ]
 Demo = Annotated[str | None, typer.Option(help="A demo adapter, such as washer/stain.")]
+Teacher = Annotated[
+    Path | None,
+    typer.Option(help="For a distilled adapter: the one it learnt from, which is compared with."),
+]
 Surroundings = Annotated[
     Path | None, typer.Option(**FILE, help="For adapters with a background: a good part.")
 ]
@@ -75,6 +87,7 @@ def preset(
     demo: Demo = None,
     base: Base = None,
     adapter: AdapterPath = None,
+    teacher: Teacher = None,
     pairs: Pairs = 60,
     reference_steps: Reference = 48,
     guidance: Guidance = None,
@@ -100,8 +113,7 @@ def preset(
 
     Exit code 1: a preset failed.
     """
-    names = tuple(dict.fromkeys(presets or MEASURED))
-    _check(names, reference_steps, guidance, out)
+    _check(presets or (), reference_steps, guidance, out)
     words = {"image": image_prompt, "anomaly": anomaly_prompt, "negative": negative_prompt}
     base, adapter, surroundings = _sources(demo, base, adapter, background, object_mask)
     if downstream and demo is None and (real is None or defect is None):
@@ -114,7 +126,9 @@ def preset(
     ) as engine:  # fmt: skip
         if keep and not Path(engine.active.summary.file).exists():
             raise SettingsError("--keep: a bundle has no adapter file: pass --base and --adapter")
-        chosen = _samplings(names, guidance, reference_steps)
+        names = _suited(engine, presets, guidance)
+        held = _beside(engine, teacher)
+        chosen = _samplings(names, held or guidance, reference_steps, distilled=held is not None)
         subject = _subject(engine, demo, words, surroundings)
         drawn = _drawn(engine, subject, chosen, work, pairs, quiet)
         record = _record(engine, chosen, drawn, names)
@@ -126,7 +140,7 @@ def preset(
 
 
 def _check(
-    names: tuple[str, ...], reference_steps: int, guidance: float | None, out: Path | None
+    names: Sequence[str], reference_steps: int, guidance: float | None, out: Path | None
 ) -> None:
     """Refuse what can be refused before a model is loaded."""
     from dualdiff_engine.evaluation import records
@@ -136,7 +150,7 @@ def _check(
         if name == RELEASED:
             raise SettingsError(
                 f"--preset: {RELEASED} is what others are compared with: choose of "
-                f"{', '.join(MEASURED)}"
+                f"{', '.join(name for name in PRESETS if name != RELEASED)}"
             )
     Sampling(steps=reference_steps, guidance=guidance)
     if out is not None:
@@ -178,11 +192,55 @@ def _subject(
 
 
 def _samplings(
-    names: tuple[str, ...], guidance: float | None, reference_steps: int
+    names: tuple[str, ...], guidance: float | None, reference_steps: int, *, distilled: bool
 ) -> dict[str, Sampling]:
     from dualdiff_engine.evaluation.preset_pairs import samplings
 
-    return samplings(names, guidance, reference_steps)
+    return samplings(names, guidance, reference_steps, distilled=distilled)
+
+
+def _suited(engine: Engine, presets: list[str] | None, guidance: float | None) -> tuple[str, ...]:
+    """The presets to measure. Raises SettingsError for one that does not suit the adapter."""
+    from dualdiff_engine.evaluation.preset_pairs import described
+
+    distilled = engine.active.summary.distilled is not None
+    names = tuple(dict.fromkeys(presets or MEASURED[distilled]))
+    for name in names:
+        described(engine, Sampling(preset=name, guidance=guidance))
+    return names
+
+
+def _beside(engine: Engine, teacher: Path | None) -> float | None:
+    """The guidance that a distilled adapter holds; None of another.
+
+    Its teacher, which it is compared with, is loaded beside it. Raises SettingsError.
+    """
+    name, distilled = engine.active_adapter, engine.active.summary.distilled
+    if distilled is None or name is None:
+        if teacher is not None:
+            raise SettingsError(f"--teacher: adapter {name!r} is not distilled: leave it out")
+        return None
+    if teacher is None:
+        raise SettingsError(
+            f"adapter {name!r} is distilled ({distilled}) and compared with the one that it learnt "
+            "from: pass --teacher ADAPTER"
+        )
+    engine.load_adapter(teacher, TEACHER)
+    found = engine.active.summary.sha256
+    if found != distilled.teacher:
+        raise SettingsError(
+            f"--teacher: {str(teacher)!r} ({found[:12]}…) is not the adapter that {name!r} learnt "
+            f"from ({distilled.teacher[:12]}…): pass that one"
+        )
+    engine.set_adapter(name)
+    return distilled.guidance
+
+
+def _turn(engine: Engine, sampling: str, adapter: str | None) -> None:
+    """Make the adapter the active one, or its teacher for what it is compared with."""
+    taught = TEACHER in engine.adapters and adapter is not None
+    if taught:
+        engine.set_adapter(TEACHER if sampling in COMPARED else str(adapter))
 
 
 def _drawn(
@@ -197,9 +255,11 @@ def _drawn(
     from dualdiff_engine.evaluation.preset_pairs import described, draw
 
     drawn: dict[str, Drawn] = {}
-    folder = work / (engine.active_adapter or "adapter")
+    adapter = engine.active_adapter
+    folder = work / (adapter or "adapter")
     with clean_stop(engine.interrupt) as stopped:
         for name, sampling in chosen.items():
+            _turn(engine, name, adapter)
             if not quiet:
                 calls = described(engine, sampling)[1]
                 typer.echo(f"{name}: {pairs} pairs of {calls} denoiser calls", err=True)
@@ -209,6 +269,7 @@ def _drawn(
             if found is None:
                 raise typer.Exit(stopped.code)
             drawn[name] = found
+    # the presets come last: their adapter is active again
     return drawn
 
 
@@ -221,13 +282,16 @@ def _record(
     from dualdiff_engine.pair import versions
 
     summary, found = engine.active.summary, compare(drawn, names)
+    adapter = engine.active_adapter
     for name, sampling in chosen.items():
+        _turn(engine, name, adapter)
         values, calls = described(engine, sampling)
         found[name] = {"sampling": values.recorded(), "calls": calls, **found[name]}
     return {
         "versions": versions(),
         "base": engine.base.sha256,
         "adapter": {"file": summary.file, "sha256": summary.sha256},
+        "teacher": summary.distilled.teacher if summary.distilled else None,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "pairs": len(drawn[RELEASED].samples),
         "samplings": found,

@@ -15,9 +15,9 @@ from dualdiff_engine.training.options import TrainingOptions
 Base = Annotated[
     str, typer.Option(help="Base model: a Stable Diffusion folder (diffusers) or hub id.")
 ]
-Data = Annotated[Path, typer.Option(help="Pictures in MVTec layout: test/, ground_truth/.")]
+Data = Annotated[Path | None, typer.Option(help="Pictures in MVTec layout: test/, ground_truth/.")]
 Defect = Annotated[
-    str, typer.Option(help="Name of the defect's folder in test/ and ground_truth/.")
+    str | None, typer.Option(help="Name of the defect's folder in test/ and ground_truth/.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write. An existing run in it is resumed.")]
 Pictures = Annotated[
@@ -59,14 +59,36 @@ SaveDtype = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option(help="Dtype of the adapter file.")
 ]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, … or auto.")]
+DistillGuidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Learn the guided prediction of --from at this scale: no unconditional rows later. "
+        "--data and --defect only with a background, for surroundings."
+    ),
+]
+From = Annotated[
+    Path | None, typer.Option("--from", help="Adapter to learn from, and to start at.")
+]
+Trajectories = Annotated[int, typer.Option(help="Pairs that --from draws to be learnt from.")]
+TrajectoryCalls = Annotated[int, typer.Option(help="Its denoiser calls on each of them.")]
+# what a distilled adapter has from its teacher, and what only pictures need
+_NOT_DISTILLED = (
+    *("rank", "blend_width", "background", "text_encoder", "window", "pictures", "latents"),
+    "prompt_dropout",
+)
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
 
 def train(
+    context: typer.Context,
     base: Base,
-    data: Data,
-    defect: Defect,
     out: Out,
+    data: Data = None,
+    defect: Defect = None,
+    distill_guidance: DistillGuidance = None,
+    source: From = None,
+    trajectories: Trajectories = 64,
+    trajectory_calls: TrajectoryCalls = 25,
     pictures: Pictures = None,
     background: Background = False,
     text_encoder: TextEncoder = False,
@@ -107,17 +129,35 @@ def train(
 ) -> None:
     """Train an adapter from pictures of a defect and their masks. Interrupted runs are resumed."""
     given = locals()
-    others = ("base", "data", "out", "quiet")
-    options = TrainingOptions(**{k: v for k, v in given.items() if k not in others})
-    if not data.is_dir():
-        raise SettingsError(f"--data: no folder {str(data)!r}")
+    others = ("context", "base", "data", "defect", "source", "out", "quiet")
+    chosen = {name: value for name, value in given.items() if name not in others}
+    _check(context, data, defect, source)
+    options = TrainingOptions(defect or "", **chosen)
     with clean_stop() as stopped:
         from dualdiff_engine.training.trainer import train_adapter
 
         result = train_adapter(
-            base, data, out, options, progress=not quiet, should_stop=stopped.is_set
-        )
+            base, data, out, options, teacher=source, progress=not quiet,
+            should_stop=stopped.is_set,
+        )  # fmt: skip
     if result.adapter is None:
         raise typer.Exit(stopped.code or INTERRUPTED)
     if not quiet:
         typer.echo(f"{result.adapter} after {len(result.losses)} steps")
+
+
+def _check(
+    context: typer.Context, data: Path | None, defect: str | None, source: Path | None
+) -> None:
+    """Refuse what can be refused before a library is loaded."""
+    if source is None and (data is None or defect is None):
+        raise SettingsError("pass --data and --defect, or --from and --distill-guidance")
+    if data is not None and not data.is_dir():
+        raise SettingsError(f"--data: no folder {str(data)!r}")
+    if source is None:
+        return
+    for name in _NOT_DISTILLED:
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise SettingsError(f"{option} is that of --from, or for pictures alone: leave it out")

@@ -25,7 +25,6 @@ from dualdiff_engine.evaluation.data import Sample, find_pairs
 from dualdiff_engine.files import write_whole
 from dualdiff_engine.folder_writer import FolderWriter
 from dualdiff_engine.settings import (
-    MEASURED,
     PRESETS,
     RELEASED,
     Background,
@@ -72,16 +71,18 @@ def demo_subject(name: str) -> Subject:
 
 
 def samplings(
-    presets: Sequence[str], guidance: float | None, reference_steps: int
+    presets: Sequence[str], guidance: float | None, reference_steps: int, *, distilled: bool = False
 ) -> dict[str, Sampling]:
     """What is drawn, by name: the converged reference, the released sampler, the presets.
 
-    reference_steps: of DPM-Solver++ with trailing timesteps, the solver of the presets.
+    reference_steps: of DPM-Solver++ with trailing timesteps, the solver of the presets. distilled:
+    the adapter that the presets are drawn with holds the guidance.
     """
-    solver = replace(PRESETS[MEASURED[0]], steps=reference_steps)
-    chosen = {CONVERGED: solver, RELEASED: RELEASED_SAMPLING}
-    chosen |= {name: Sampling(preset=name) for name in presets}
-    return {name: replace(sampling, guidance=guidance) for name, sampling in chosen.items()}
+    solver = replace(PRESETS["fast"], steps=reference_steps)
+    compared = {CONVERGED: solver, RELEASED: RELEASED_SAMPLING}
+    found = {name: replace(sampling, guidance=guidance) for name, sampling in compared.items()}
+    own = None if distilled else guidance
+    return {**found, **{name: Sampling(preset=name, guidance=own) for name in presets}}
 
 
 def described(engine: Engine, sampling: Sampling) -> tuple[ChosenSampling, int]:
@@ -91,6 +92,7 @@ def described(engine: Engine, sampling: Sampling) -> tuple[ChosenSampling, int]:
         background=engine.active.summary.background,
         scheduler=type(base.scheduler).__name__,
         size=base.picture_size,
+        held_guidance=engine.active.summary.held_guidance,
     )
     scheduler = base.make_scheduler(chosen.scheduler, chosen.schedule)
     scheduler.set_timesteps(chosen.steps, device="cpu")

@@ -66,10 +66,10 @@ class Run:
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class name
     and options. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height,
     width) in pixels and scheduler: the base model's own. trained_background: whether the adapter
-    needs a background. window: the ratio of the windows that it was trained on. prompts: drawn when
-    a caller names none. is_active: whether the adapter is still the one that the denoiser holds.
-    interrupted: whether to stop after this step. busy: held while networks run. batches: which
-    batches fitted into memory.
+    needs a background. window: the ratio of the windows that it was trained on. held_guidance: what
+    a distilled adapter holds. prompts: drawn when a caller names none. is_active: whether the
+    adapter is still the one that the denoiser holds. interrupted: whether to stop after this step.
+    busy: held while networks run. batches: which batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -89,12 +89,22 @@ class Run:
     adapter: str | None
     trained_background: bool
     window: float | None
+    held_guidance: float | None
     prompts: Prompts
     facts: Facts
     is_active: Callable[[], bool]
     interrupted: Callable[[], bool]
     busy: BusyLock
     batches: BatchMemory
+
+    def filled(self, sampling: Sampling, *, background: bool) -> ChosenSampling:
+        """With the defaults of base model and adapter. Raises SettingsError."""
+        return sampling.filled(
+            background=background,
+            scheduler=self.scheduler,
+            size=self.size,
+            held_guidance=self.held_guidance,
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,7 @@ def check(
     own = bool(placements) and run.trained_background and not with_background
     with_background |= own
     _check_background(run, with_background, background_noise)
-    chosen = sampling.filled(background=with_background, scheduler=run.scheduler, size=run.size)
+    chosen = run.filled(sampling, background=with_background)
     size = _latent_size(chosen, run.pixels_per_latent)
     schedule = Schedule(lambda: run.make_scheduler(chosen.scheduler, chosen.schedule), chosen.steps)
     given = Given.of(latents, background_latents, background_noise, schedule.calls, size)

@@ -66,9 +66,9 @@ class LatentSet:
 
     def draw(self, options: TrainingOptions, step: int, timesteps: int) -> Draw:
         """Pictures, flips, noises and timesteps (below `timesteps`) of a step, counted from 0."""
-        generator = _generator(options.seed, f"step {step}")
+        generator = generator_of(options.seed, f"step {step}")
         count = options.per_step
-        chosen = torch.tensor(_order(len(self.mean), options.seed, step * count, count))
+        chosen = torch.tensor(order_of(len(self.mean), options.seed, step * count, count))
         flips = torch.randint(self.mean.shape[1], (count,), generator=generator)
         times = torch.randint(timesteps, (count,), generator=generator)
         dropped = torch.rand(count, generator=generator) < options.prompt_dropout
@@ -86,17 +86,18 @@ class LatentSet:
         return Draw(latents, noise, times, dropped, surroundings, background_noise)
 
 
-def _generator(seed: int, what: str) -> torch.Generator:
+def generator_of(seed: int, what: str) -> torch.Generator:
+    """Of one purpose in a run."""
     mixed = hashlib.sha256(f"{seed} {what}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
 
 
-def _order(pictures: int, seed: int, start: int, count: int) -> list[int]:
+def order_of(pictures: int, seed: int, start: int, count: int) -> list[int]:
     """Positions start … start + count - 1 of epochs that are each shuffled anew."""
     chosen: list[int] = []
     while len(chosen) < count:
         epoch, position = divmod(start + len(chosen), pictures)
-        shuffled = torch.randperm(pictures, generator=_generator(seed, f"epoch {epoch}"))
+        shuffled = torch.randperm(pictures, generator=generator_of(seed, f"epoch {epoch}"))
         chosen += shuffled[position : position + count - len(chosen)].tolist()
     return chosen
 

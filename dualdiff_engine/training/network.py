@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualdiff_engine.adapters.format import PROJECTIONS, LowRank
+from dualdiff_engine import adapters
+from dualdiff_engine.adapters.format import PROJECTIONS, Adapter, LowRank
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.pipeline.text import TextEncoder
@@ -45,6 +46,8 @@ class TrainableNetwork:
             for name, site in self.sites.items()
             for part, parameter in site.named_parameters()
         }
+        # of an adapter that training started at, what is not trained
+        self._kept: dict[str, Tensor] = {}
         tokenizer, encoder = base.load_text()
         self.text = TextEncoder(tokenizer, encoder.to(device))
         self._text_lora = (
@@ -103,7 +106,14 @@ class TrainableNetwork:
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The adapter, as released adapters name it, on the CPU."""
-        return {name: p.detach().to("cpu", dtype) for name, p in self.parameters.items()}
+        tensors = {**self._kept, **self.parameters}
+        return {name: tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+
+    def start_at(self, adapter: Adapter) -> None:
+        """Start at a trained adapter; its text encoder's LoRA is kept as it is."""
+        tensors = adapters.named(adapter)
+        self._kept = {n: t for n, t in tensors.items() if n.startswith("text_encoder.")}
+        self.load({name: t for name, t in tensors.items() if name not in self._kept})
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the parameters of an adapter trained with the same options. Raises AdapterError."""

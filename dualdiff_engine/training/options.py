@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dualdiff_engine.errors import SettingsError
-from dualdiff_engine.settings import ANOMALY_PROMPT, IMAGE_PROMPT, require_seed
+from dualdiff_engine.settings import ANOMALY_PROMPT, IMAGE_PROMPT, MOST_GUIDANCE, require_seed
 
 # what may differ when a run is resumed: none of it changes a finished step
 _FREE = ("steps", "checkpoint_every", "sample_every", "samples", "sample_steps", "save_dtype")
+
+# of distillation alone
+_DISTILLING = ("distill_guidance", "trajectories", "trajectory_calls")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "flips": ("none", "horizontal", "vertical", "both"),
@@ -31,6 +34,8 @@ _WHOLE = (
     ("sample_every", 0, 10_000_000),
     ("samples", 1, 64),
     ("sample_steps", 1, 1000),
+    ("trajectories", 1, 100_000),
+    ("trajectory_calls", 2, 1000),
 )
 
 
@@ -42,7 +47,8 @@ class TrainingOptions:
     them.
 
     Args:
-        defect: the defect's folder in `test/` and `ground_truth/`.
+        defect: the defect's folder in `test/` and `ground_truth/`. Empty where no pictures are
+            needed: to distil an adapter without background.
         pictures: use only the first N pictures, sorted by name (at least 2); None uses all.
         background: also train the background blend; needs object masks.
         text_encoder: also train LoRA on the text encoder.
@@ -76,12 +82,16 @@ class TrainingOptions:
         samples: pairs on a contact sheet, 1 to 64.
         sample_steps: scheduler steps of these pairs.
         save_dtype: of the adapter file.
+        distill_guidance: learn another adapter's guided prediction at this scale, above 1, in place
+            of pictures; see `train_adapter`. Rank and background are then the other adapter's.
+        trajectories: pairs that the other adapter draws to be learnt from.
+        trajectory_calls: its denoiser calls on each of them, 2 to 1000.
 
     Raises:
         SettingsError: a value is out of its range; the message names it.
     """
 
-    defect: str
+    defect: str = ""
     pictures: int | None = None
     background: bool = False
     text_encoder: bool = False
@@ -111,9 +121,13 @@ class TrainingOptions:
     samples: int = 4
     sample_steps: int = 50
     save_dtype: str = "float32"
+    distill_guidance: float | None = None
+    trajectories: int = 64
+    trajectory_calls: int = 25
 
     def __post_init__(self) -> None:
-        if not self.defect or self.defect != self.defect.strip("./\\ ") or "/" in self.defect:
+        unnamed = not self.defect and self.distill_guidance is None
+        if unnamed or self.defect != self.defect.strip("./\\ ") or "/" in self.defect:
             raise SettingsError(
                 f"defect must be the name of a folder in test/, got {self.defect!r}"
             )
@@ -135,6 +149,8 @@ class TrainingOptions:
         _within("max_grad_norm", self.max_grad_norm, 0, math.inf)
         _within("prompt_dropout", self.prompt_dropout, 0, 1)
         require_seed(self.seed)
+        if self.distill_guidance is not None:
+            _within("distill_guidance", self.distill_guidance, 1, MOST_GUIDANCE, open_below=True)
 
     @property
     def per_step(self) -> int:
@@ -147,6 +163,8 @@ class TrainingOptions:
         if self.window is None:
             # states of whole pictures do not name it
             del bound["window"]
+        if self.distill_guidance is None:
+            bound = {name: value for name, value in bound.items() if name not in _DISTILLING}
         # a cosine ends where the run does
         return bound | ({"steps": self.steps} if self.lr_schedule == "cosine" else {})
 

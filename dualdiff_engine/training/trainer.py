@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dualdiff_engine import adapters
 from dualdiff_engine.adapters import files as adapter_files
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.device import device_of, dtype_of, is_out_of_memory, keep_freed_blocks
 from dualdiff_engine.errors import BaseModelError, OutputError, SettingsError, TrainingError
 from dualdiff_engine.folder_writer import lock
-from dualdiff_engine.settings import BRANCHES
+from dualdiff_engine.pipeline.text import TextEncoder
+from dualdiff_engine.settings import BRANCHES, Background
 from dualdiff_engine.training import data as folders
 from dualdiff_engine.training import record, state
+from dualdiff_engine.training.distillation import GuidedCalls, Teacher, guided_calls, weights
 from dualdiff_engine.training.latents import Draw, LatentSet, encode
 from dualdiff_engine.training.network import TrainableNetwork
 from dualdiff_engine.training.options import TrainingOptions
@@ -44,10 +47,11 @@ class TrainingResult:
 
 def train_adapter(
     base: str | Path,
-    data: str | Path,
+    data: str | Path | None,
     output: str | Path,
     options: TrainingOptions,
     *,
+    teacher: str | Path | None = None,
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
@@ -58,11 +62,14 @@ def train_adapter(
 
     Args:
         base: a diffusers Stable Diffusion folder or hub id.
-        data: a folder in MVTec layout, see `dualdiff_engine.training.data`.
+        data: a folder in MVTec layout, see `dualdiff_engine.training.data`; None where no pictures
+            are needed: to distil an adapter without background.
         output: the folder to write. It receives `pytorch_lora_weights.safetensors`,
             `training.json`, `loss.png` (if matplotlib is installed), `checkpoint-N/` as asked for,
             and the state to resume from.
         options: see `TrainingOptions`.
+        teacher: the adapter whose guided prediction is learnt, as of `adapters.load`; given
+            together with `options.distill_guidance`.
         progress: show a progress bar on stderr.
         should_stop: called after every step; True ends the run, which can be resumed later.
 
@@ -80,7 +87,8 @@ def train_adapter(
     try:
         # the caller may be in inference mode
         with torch.inference_mode(False), torch.enable_grad():
-            return _Run(base, data, Path(output), options, progress).train(should_stop)
+            taught = _taught(teacher, options)
+            return _Run(base, data, Path(output), options, progress, taught).train(should_stop)
     except Exception as error:
         # one of ours says already what ran out
         if isinstance(error, TrainingError) or not is_out_of_memory(error):
@@ -91,25 +99,42 @@ def train_adapter(
         ) from error
 
 
+def _taught(path: str | Path | None, options: TrainingOptions) -> Teacher | None:
+    if path is None and options.distill_guidance is None:
+        return None
+    if path is None or options.distill_guidance is None:
+        raise SettingsError(
+            "distill_guidance (--distill-guidance) and teacher (--from) go together"
+        )
+    return Teacher.open(path, options.distill_guidance)
+
+
 class _Run:
     """One run into one folder. Building it checks everything and computes nothing."""
 
     def __init__(
         self,
         base: str | Path,
-        data: str | Path,
+        data: str | Path | None,
         output: Path,
         options: TrainingOptions,
         progress: bool,
+        teacher: Teacher | None = None,
     ) -> None:
+        options = teacher.options(options) if teacher else options
         self.options, self.output, self.progress = options, output, progress
+        self.teacher = teacher
+        # of the prompts, where it is the same in every step
+        self.context: Tensor | None = None
         self.device = device_of(options.device)
         self.dtype = dtype_of(options.dtype, self.device)
         if self.dtype == torch.float16:
             raise SettingsError("this GPU has no bfloat16: train with dtype float32")
-        self.examples = folders.find_examples(data, options)
-        self.surroundings = folders.sheet_backgrounds(data, self.examples, options)
+        self.examples, self.surroundings, self.files = _pictures(data, options, teacher)
         self.base = BaseModel(base)
+        if teacher is not None:
+            layers = TextEncoder(*self.base.load_text()).layers
+            adapters.check_fits(teacher.adapter, self.base.site_shapes, layers)
         self.noiser = self.base.noiser()
         self.target = self.noiser.config.prediction_type
         if self.target not in ("epsilon", "v_prediction"):
@@ -118,7 +143,6 @@ class _Run:
                 "v_prediction"
             )
         self.size = self._size()
-        self.files = folders.listing(data, self.examples)
         self.place = {
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -130,9 +154,11 @@ class _Run:
             "base": self.base.sha256,
             "data": self.files,
         }
+        if teacher is not None:
+            self.bound["teacher"] = teacher.adapter.sha256
         self.state = output / state.STATE
         self.losses = torch.zeros(0, 2)
-        done = state.steps_done(self.state, self.bound)
+        self.done = done = state.steps_done(self.state, self.bound)
         if done > options.steps:
             raise SettingsError(
                 f"{output} holds a run of {done} steps, more than steps={options.steps}: choose "
@@ -171,7 +197,10 @@ class _Run:
         options = self.options
         if self.device.type == "cpu":
             keep_freed_blocks()
+        calls = self._guided_calls() if self.teacher and self.done < options.steps else None
         self.network = TrainableNetwork(self.base, options, self.device, self.dtype)
+        if self.teacher is not None:
+            self.network.start_at(self.teacher.adapter)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters.values(),
             lr=options.learning_rate,
@@ -180,9 +209,25 @@ class _Run:
         )
         if self.state.exists():
             self.losses = state.restore(self.state, self.network.parameters, self.optimizer)
-        self.context = None if self.network.trains_text else self._encode_prompts().detach()
-        if len(self.losses) < options.steps:
-            self.latents = self._encode()
+        if self.teacher is None and not self.network.trains_text:
+            self.context = self._encode_prompts().detach()
+        if self.done < options.steps:
+            self.lessons: LatentSet | GuidedCalls = calls or self._encode()
+
+    def _guided_calls(self) -> GuidedCalls:
+        options = self.options
+        assert self.teacher is not None, "called to distil"
+        surroundings = self._encode() if options.background else None
+        bar = tqdm(
+            total=options.trajectories, disable=not self.progress, unit="trajectory", leave=False
+        )
+        with bar:
+            calls, context = guided_calls(
+                self.base, self.teacher, options, self.size, self.device, surroundings, bar
+            )
+        self.context = context.to(self.device)
+        self.weights = weights(self.noiser).to(self.device)
+        return calls
 
     def _encode(self) -> LatentSet:
         vae = self.base.load_vae(self.device, torch.float32)
@@ -200,9 +245,10 @@ class _Run:
     def _step(self, step: int) -> Tensor:
         """One optimizer step; the losses of both branches, [2] on the CPU."""
         options = self.options
-        drawn = self.latents.draw(options, step, self.noiser.config.num_train_timesteps)
+        drawn = self.lessons.draw(options, step, self.noiser.config.num_train_timesteps)
         total = torch.zeros(2)
-        for part in drawn.split(options.batch):
+        parts: Iterator[Draw] | Iterator[GuidedCalls] = drawn.split(options.batch)
+        for part in parts:
             losses = self._losses(part) / options.accumulate
             losses.sum().backward()
             total += losses.detach().cpu()
@@ -218,8 +264,16 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _losses(self, drawn: Draw) -> Tensor:
-        """Mean squared error of the predicted noise, by branch, [2]."""
+    def _guided_losses(self, calls: GuidedCalls) -> Tensor:
+        """Weighted mean squared error of the guided prediction, by branch, [2]."""
+        assert self.context is not None, "encoded with the teacher's text encoder"
+        counted = self.weights[calls.timesteps.to(self.device)]
+        return (calls.errors(self.network, self.context) * counted).mean(1)
+
+    def _losses(self, drawn: Draw | GuidedCalls) -> Tensor:
+        """Mean squared error of what is predicted, by branch, [2]."""
+        if isinstance(drawn, GuidedCalls):
+            return self._guided_losses(drawn)
         device = self.device
         clean = drawn.latents.transpose(0, 1).to(device)
         noise = drawn.noise.transpose(0, 1).to(device)
@@ -265,7 +319,9 @@ class _Run:
 
     def _save_adapter(self, path: Path) -> None:
         dtype = getattr(torch, self.options.save_dtype)
-        adapter_files.write(path, self.network.tensors(dtype), self.options.window)
+        distilled = self.teacher.told(len(self.losses)) if self.teacher else None
+        made = adapter_files.Origin(self.options.window, distilled)
+        adapter_files.write(path, self.network.tensors(dtype), made)
 
     def _draw_sheet(self, folder: Path) -> None:
         try:
@@ -291,8 +347,34 @@ class _Run:
         path = self.output / ADAPTER
         self._save_adapter(path)
         made = {"options": asdict(self.options), **self.place, "data": self.files}
+        if self.teacher is not None:
+            made["teacher"] = {"sha256": self.teacher.adapter.sha256}
         record.write(self.output, path, self.base, made, self.losses)
         return path
+
+
+def _pictures(
+    data: str | Path | None, options: TrainingOptions, teacher: Teacher | None
+) -> tuple[list[folders.Example], list[Background], list[dict[str, str]]]:
+    """Examples, backgrounds of sample sheets, and a listing of the files.
+
+    Raises SettingsError where pictures are missing, or are not needed.
+    """
+    if teacher is not None and not options.background:
+        if data is not None or options.defect:
+            raise SettingsError(
+                "an adapter without background is distilled from its own pairs: leave out data and "
+                "defect"
+            )
+        return [], [], []
+    if data is None or not options.defect:
+        raise SettingsError(
+            "pass data and defect: "
+            + ("their pictures lend surroundings" if teacher else "the pictures to learn from")
+        )
+    examples = folders.find_examples(data, options)
+    backgrounds = folders.sheet_backgrounds(data, examples, options)
+    return examples, backgrounds, folders.listing(data, examples)
 
 
 def _require_finite(what: str, value: Tensor, step: int, losses: Tensor) -> None:

@@ -103,6 +103,11 @@ def _copy_configs(base: Path, folder: Path) -> None:
                 shutil.copyfile(source, target)
 
 
+def _held(guidance: float | None) -> dict[str, float]:
+    """What a manifest says of an adapter that holds guidance: no unconditional rows are needed."""
+    return {} if guidance is None else {"held_guidance": guidance}
+
+
 def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
     """(Re)write the manifest from what lies in the folder.
 
@@ -131,6 +136,7 @@ def write_manifest(folder: Path, first: str | None = None) -> dict[str, Any]:
             name: {
                 **{key: getattr(adapter.summary, key) for key in ("sha256", "background", "rank")},
                 "prompts": asdict(adapter.prompts),
+                **_held(adapter.summary.held_guidance),
             }
             for name, adapter in adapters.items()
         },

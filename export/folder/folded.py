@@ -131,7 +131,7 @@ def read_adapter(path: Path, graphs: Mapping[str, Artefact]) -> tuple[str, Resid
     one = next(iter(graphs.values()))
     try:
         name, text = str(metadata["name"]), set(metadata["text"])
-        summary = AdapterSummary(**metadata["summary"])
+        summary = AdapterSummary.of(metadata["summary"])
         transposed = set(metadata["transposed"])
         # exports by the first releases do not say
         prompts = Prompts(**metadata.get("prompts", {}))

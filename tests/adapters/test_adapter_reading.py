@@ -158,4 +158,5 @@ def test_summary(case: str, background: bool) -> None:
         "context_width": [32],
         "base": "a model with text width 32",
         "window": None,
+        "distilled": None,
     }

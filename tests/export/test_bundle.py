@@ -203,6 +203,30 @@ def test_prompts_of_the_training_are_the_default(
     assert json.loads(row)["recipe"]["prompts"] == asdict(replace(trained, negative="dark"))
 
 
+def test_a_distilled_adapter_stays_one(copy: Path) -> None:
+    """Of its file's metadata; a bundle then computes no unconditional rows."""
+    from dualdiff_engine.export.folder.bundle import write_manifest
+
+    path = copy / "adapters" / "adapter.safetensors"
+    metadata = weight_files.read_metadata(path)
+    assert metadata["summary"]["distilled"] is None
+    told = {"guidance": 2.5, "teacher": "a" * 64, "steps": 7}
+    metadata["summary"]["distilled"] = told
+    weight_files.write(path, load_file(path), metadata)
+    manifest = write_manifest(copy)
+    assert manifest["adapters"]["adapter"]["held_guidance"] == 2.5
+    with Engine.from_bundle(copy) as engine:
+        assert asdict(engine.active.summary)["distilled"] == told
+        (pair,) = engine.generate(seeds=[1], steps=1)
+        assert pair.recipe["sampling"]["guidance"] == 1.0
+        with pytest.raises(SettingsError, match=r"holds guidance 2\.5 and takes no other"):
+            engine.stream(1, guidance=2.5)
+    metadata["summary"]["distilled"] = {"guidance": 2.5}
+    weight_files.write(path, load_file(path), metadata)
+    with pytest.raises(BackendError, match="not a valid folded adapter"):
+        Engine.from_bundle(copy)
+
+
 def test_the_length_of_a_prompt_is_the_graphs(copy: Path) -> None:
     """Not what a tokenizer says whose length the base's text encoder had bounded."""
     from dualdiff_engine.export.folder.bundle import write_manifest

@@ -168,9 +168,9 @@ def test_loss_falls_on_pictures_seen_over_and_over(data: Path, tmp_path: Path) -
     result = train_adapter(base_of(False), data, tmp_path, options)
     run = _Run(base_of(False), data, tmp_path, options, False)
     run._prepare()
-    run.latents = run._encode()
+    run.lessons = run._encode()
     # draws that no step has seen, before and after
-    drawn = run.latents.draw(options_of(batch=16, seed=9, pictures=2), 0, 1000)
+    drawn = run.lessons.draw(options_of(batch=16, seed=9, pictures=2), 0, 1000)
     with torch.no_grad():
         after = run._losses(drawn)
         for name, parameter in run.network.parameters.items():
