@@ -67,19 +67,22 @@ class Upsampling(Convolution):
 
     def __init__(self, ops: Ops, channels: int) -> None:
         super().__init__(ops, channels, channels, 3, padding=1)
-        self._folded: list[str] = []
+        # no buffers: those are what adapters bring
+        self._folded: list[Tensor] = []
 
     def fold(self) -> None:
         """Have exact doublings computed as four 2 x 2 convolutions, by the weight as it is now."""
-        self._folded = [f"kernel_{row}{column}" for row, column in doubling.PLACES]
-        for name, kernel in zip(self._folded, doubling.kernels(self.weight), strict=True):
-            self.register_buffer(name, kernel, persistent=False)
+        self._folded = doubling.kernels(self.weight)
+
+    def release(self) -> None:
+        """Drop the folded weight."""
+        self._folded = []
 
     def upsample(self, x: Tensor, size: torch.Size) -> Tensor:
         """x [N, C, h, w] -> [N, C, *size]."""
         exact = size[0] == 2 * x.shape[2] and size[1] == 2 * x.shape[3]
         if self._folded and exact and not torch.compiler.is_exporting():
-            return doubling.doubled(x, [getattr(self, name) for name in self._folded], self.bias)
+            return doubling.doubled(x, self._folded, self.bias)
         # odd sizes: double to the size of the map that comes next, as diffusers does
         return self(F.interpolate(x, size=size, mode="nearest"))
 

@@ -96,9 +96,12 @@ class DualUNet(nn.Module):
 
     def fold_doublings(self) -> None:
         """Compute doublings with 4/9 of the products, by the weights as they are now."""
-        for level in cast(list[Level], self.up_levels):
-            if isinstance(level.resample, Upsampling):
-                level.resample.fold()
+        for upsampling in self._upsamplings:
+            upsampling.fold()
+
+    @property
+    def _upsamplings(self) -> list[Upsampling]:
+        return [module for module in self.modules() if isinstance(module, Upsampling)]
 
     def missing(self) -> list[str]:
         """Parameters not loaded yet; what adapters bring, the buffers, aside."""
@@ -106,6 +109,8 @@ class DualUNet(nn.Module):
 
     def release(self) -> None:
         """Drop every weight; the network cannot run any more."""
+        for upsampling in self._upsamplings:
+            upsampling.release()
         self.to("meta")
 
     def time_inputs(self, timesteps: Tensor) -> list[Sequence[Tensor]]:
