@@ -51,13 +51,18 @@ LAYERS: dict[str, set[str]] = {
         *("adapters", "demo", "engine", "errors", "files", "folder_writer", "pair", "pictures"),
         *("settings", "training"),
     },
+    "dataset": {
+        *("adapters", "base_model", "demo", "device", "engine", "errors", "files", "folder_writer"),
+        *("pair", "pictures", "pipeline", "settings", "training"),
+    },
     "cli": {
+        "dataset",
         *("adapters", "base_model", "demo", "device", "engine", "errors", "evaluation", "files"),
         *("folder_writer", "model", "ops", "pair", "pictures", "pipeline", "settings", "training"),
     },
 }
 PACKAGE_ROOMS = set(LAYERS)
-LAYERS["export"] = PACKAGE_ROOMS - {"cli", "training", "evaluation", "demo"}
+LAYERS["export"] = PACKAGE_ROOMS - {"cli", "training", "evaluation", "demo", "dataset"}
 LAYERS["bench"] = PACKAGE_ROOMS | {"export"}
 # the command line registers the verbs of the exports
 ARROWS_UP = {("cli.main", "export.cli")}

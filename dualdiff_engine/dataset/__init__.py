@@ -1,0 +1,1 @@
+"""The dataset factory: a job file, a store of pairs, and the workers that fill it."""
