@@ -9,7 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,22 @@ from dualdiff_engine.pictures import is_whole_png, open_picture
 
 @dataclass(frozen=True)
 class Format:
-    """module: holds `write(tree, root)`. needs: packages of the extra `formats`.
-
-    trains_on_pairs: whether readers train on the pairs, so that some are held out to validate.
-    """
+    """module: holds `write(tree, root, **arguments)`. needs: packages of the extra `formats`."""
 
     module: str
     needs: tuple[str, ...] = ()
-    trains_on_pairs: bool = True
+    arguments: Mapping[str, str] = field(default_factory=dict)
 
 
 FORMATS: Mapping[str, Format] = {
-    "mvtec": Format("mvtec", trains_on_pairs=False),
+    "mvtec": Format("mvtec"),
+    "mvtec-ad2": Format("mvtec_ad2"),
+    "loco": Format("loco"),
+    "papers": Format("papers"),
+    "papers-anomalydiffusion": Format("papers", arguments={"style": "anomalydiffusion"}),
+    "papers-seas": Format("papers", arguments={"style": "seas"}),
     "imagefolder": Format("imagefolder"),
+    "semantic": Format("semantic"),
 }
 
 
@@ -84,7 +87,7 @@ def export(
     _warn_of_parents(out)
     write = importlib.import_module(f"dualdiff_engine.dataset.formats.{kind.module}").write
     with _whole_folder(out) as partial:
-        write(tree, partial)
+        write(tree, partial, **kind.arguments)
     pairs = sum(map(len, tree.pairs.values()))
     pictures = sum(len(some.train) + len(some.test) for some in tree.good.values())
     return Exported(pairs, pictures, len(rows) - pairs)

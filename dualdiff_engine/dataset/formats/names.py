@@ -15,19 +15,20 @@ GOOD = "good"
 
 
 def slug(name: str) -> str:
-    """A name in ASCII letters, digits, `_` and single `-`; accents are dropped.
+    """A name in ASCII letters, digits and `_`; accents are dropped.
 
-    Dots would end the key of a WebDataset sample, and `--` is what `joined` puts between names.
+    Dots would end the key of a WebDataset sample. `-` is what `joined` puts between names, and
+    sorts before `/`: anomalib would pair the masks of LOCO's `a` with the images of `a-b`.
     Names that nothing is left of get a hash: the same name has the same slug in every run.
     """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    text = re.sub(r"-+", "-", re.sub(r"[^A-Za-z0-9_-]+", "_", plain)).strip("_-")[:100]
+    text = re.sub(r"[^A-Za-z0-9_]+", "_", plain).strip("_")[:100]
     return text or "n" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def joined(product: str, *parts: str) -> str:
     """Slugs as one name, unlike that of any others."""
-    return "--".join((product, *parts))
+    return "-".join((product, *parts))
 
 
 def slugs(names: Iterable[str], what: str) -> dict[str, str]:
