@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dualdiff_engine"
 OPTIONAL = (
     *("triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "xformers"),
-    *("matplotlib", "torch_fidelity", "lpips"),
+    *("matplotlib", "torch_fidelity", "lpips", "supervision", "pycocotools", "webdataset"),
 )
 
 # What the modules of a room (or a single module) may import of ours. Every module is in one of

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # of `FORMATS`, which is slow to import; a test compares the two
 FORMS = (
-    "mvtec, mvtec-ad2, loco, papers, papers-anomalydiffusion, papers-seas, imagefolder, semantic"
+    "mvtec, mvtec-ad2, loco, papers, papers-anomalydiffusion, papers-seas, imagefolder, "
+    "webdataset, coco, yolo, semantic"
 )
 _folder = {"exists": True, "file_okay": False, "readable": True}
 Pairs = Annotated[

@@ -25,6 +25,7 @@ from dualdiff_engine.cli import evaluate as evaluation
 from dualdiff_engine.cli import tune as tuning
 from dualdiff_engine.cli.doctor import doctor, print_table
 from dualdiff_engine.cli.export_dataset import export_dataset
+from dualdiff_engine.cli.gallery import gallery
 from dualdiff_engine.cli.interrupt import INTERRUPTED, TERMINATED, clean_stop
 from dualdiff_engine.cli.options import (
     MOST_PAIRS,
@@ -464,3 +465,4 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
 app.command()(doctor)
 app.command("tune")(tuning.tune)
 app.command("export-dataset")(export_dataset)
+app.command()(gallery)

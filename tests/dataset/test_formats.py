@@ -213,6 +213,7 @@ def test_names(runs: Path, tmp_path: Path) -> None:
         export(folder_entries(runs / "bottle" / "broken", "p", "Good"), "mvtec", tmp_path / "x")
 
 
+@pytest.mark.filterwarnings("ignore:bottle/broken has 5 pairs")
 @pytest.mark.parametrize("form", FORMATS)
 def test_nothing_is_left_of_a_failure(
     runs: Path, good: Any, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
@@ -220,7 +221,7 @@ def test_nothing_is_left_of_a_failure(
     for package in FORMATS[form].needs:
         pytest.importorskip(package)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "link", full)
@@ -240,6 +241,15 @@ def test_a_folder_that_holds_something_is_refused(runs: Path, good: Any, tmp_pat
     with pytest.raises(OutputError, match="is there and not empty: remove it or choose another"):
         export(folder_entries(runs), "mvtec", out, good=good)
     assert names_in(out) == before
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs a folder nobody can write")
+def test_where_nothing_can_be_written(runs: Path, good: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(OutputError, match=r"cannot be written.*: choose another") as caught:
+            export(folder_entries(runs), "mvtec", out, good=good)
+        assert "\n" not in str(caught.value)
 
 
 def test_what_a_killed_export_left_is_replaced(runs: Path, good: Any, tmp_path: Path) -> None:

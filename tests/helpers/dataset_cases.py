@@ -12,7 +12,7 @@ from dualdiff_engine.folder_writer import MANIFEST, files_of
 
 
 def mask_of(kind: str, size: int = 96, seed: int = 0) -> Image.Image:
-    """0 and 255: a ring, rings in rings, many parts, one pixel, or a blob."""
+    """0 and 255: a ring, rings in rings, many parts, specks, or a blob."""
     mask = Image.new("L", (size, size + 8), 0)
     pen, rng = ImageDraw.Draw(mask), np.random.default_rng(seed)
     if kind == "ring":
@@ -25,6 +25,12 @@ def mask_of(kind: str, size: int = 96, seed: int = 0) -> Image.Image:
         for cell in rng.permutation(16)[:12].tolist():
             left, top = cell % 4 * 24, cell // 4 * 24
             pen.rectangle((left + 2, top + 2, left + 12, top + 14), fill=255)
+    elif kind == "specks":
+        # a pixel, rows of them in two directions, and the corner
+        pen.point((10, 10), fill=255)
+        pen.line((30, 10, 50, 10), fill=255)
+        pen.line((30, 30, 45, 45), fill=255)
+        pen.point((size - 1, size + 7), fill=255)
     else:
         left, top = rng.integers(4, 40, 2)
         pen.ellipse((left, top, left + 40, top + 30), fill=255)

@@ -39,6 +39,9 @@ FORMATS: Mapping[str, Format] = {
     "papers-anomalydiffusion": Format("papers", arguments={"style": "anomalydiffusion"}),
     "papers-seas": Format("papers", arguments={"style": "seas"}),
     "imagefolder": Format("imagefolder"),
+    "webdataset": Format("shards", needs=("webdataset",)),
+    "coco": Format("coco", needs=("pycocotools",)),
+    "yolo": Format("yolo", needs=("supervision",)),
     "semantic": Format("semantic"),
 }
 

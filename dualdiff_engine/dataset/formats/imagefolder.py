@@ -18,7 +18,7 @@ _SPLITS = {"train": "train", "val": "validation"}
 
 def write(tree: Tree, root: Path) -> None:
     """Write it. Raises OSError and SettingsError."""
-    scores = sorted({name for rows in tree.pairs.values() for row in rows for name in row.scores})
+    scores = tree.scores
     for item in tree.items():
         folder = root / _SPLITS[item.split]
         image, mask = f"images/{item.name}.png", f"masks/{item.name}.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,6 +59,11 @@ class Tree:
     def classes(self) -> list[str]:
         """What a detector tells apart, sorted: `PRODUCT/DEFECT`, of one product `DEFECT`."""
         return sorted({self._class_of(*names) for names in self.pairs})
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores that any pair has, sorted."""
+        return sorted({name for rows in self.pairs.values() for row in rows for name in row.scores})
 
     def _class_of(self, product: str, defect: str) -> str:
         return defect if len(self.products) == 1 else f"{product}/{defect}"
@@ -130,15 +136,27 @@ def place(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     # links are followed: anomalib silently drops pictures that lead out of the tree
     source = source.resolve()
-    with source.open("rb") as file:
-        is_png = file.read(len(_PNG)) == _PNG
-    if not is_png:
+    if not _is_png(source):
         open_picture(source, "picture").save(target, "PNG")
         return
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def png_of(source: Path) -> bytes:
+    """A picture as PNG: its own bytes, or decoded if it has another format."""
+    if _is_png(source):
+        return source.read_bytes()
+    content = io.BytesIO()
+    open_picture(source, "picture").save(content, "PNG")
+    return content.getvalue()
+
+
+def _is_png(source: Path) -> bool:
+    with source.open("rb") as file:
+        return file.read(len(_PNG)) == _PNG
 
 
 def save_grey(levels: NDArray[np.uint8], target: Path) -> None:
