@@ -109,6 +109,18 @@ def test_imagefolder(runs: Path, good: Any, tmp_path: Path) -> None:
     assert not entries
 
 
+def test_no_column_of_a_split_is_without_values(tmp_path: Path) -> None:
+    # datasets takes types from values, and refuses splits of different types
+    run = write_run(tmp_path / "run", ["ring"])
+    normal = {"p": write_good(tmp_path / "good")}
+    export(folder_entries(run, "p"), "imagefolder", tmp_path / "out", good=normal, held=0.4)
+    for split, count in (("train", 4), ("validation", 2)):
+        text = (tmp_path / "out" / split / "metadata.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert len(rows) == count
+        assert all(any(row[name] is not None for row in rows) for name in rows[0])
+
+
 def test_mvtec_ad2(runs: Path, good: Any, tmp_path: Path) -> None:
     out = exported(runs, "mvtec-ad2", tmp_path / "out", good, held=0.6)
     names = [f"{n:06d}_broken" for n in range(5)] + ["000005_scratch", "000006_scratch"]

@@ -18,8 +18,9 @@ _SPLITS = {"train": "train", "val": "validation"}
 
 def write(tree: Tree, root: Path) -> None:
     """Write it. Raises OSError and SettingsError."""
-    scores = tree.scores
-    for item in tree.items():
+    items = list(tree.items())
+    scores = _scores(tree, items)
+    for item in items:
         folder = root / _SPLITS[item.split]
         image, mask = f"images/{item.name}.png", f"masks/{item.name}.png"
         place(item.image, folder / image)
@@ -32,12 +33,22 @@ def write(tree: Tree, root: Path) -> None:
             table.write(json.dumps(row) + "\n")
 
 
+def _scores(tree: Tree, items: list[Item]) -> list[str]:
+    """The scores that a row of every split has: datasets refuses splits of different types, and a
+    column without a value has none.
+    """
+    known: dict[str, set[str]] = {item.split: set() for item in items}
+    for item in items:
+        known[item.split] |= set(item.entry.scores) if item.entry is not None else set()
+    return [name for name in tree.scores if all(name in names for names in known.values())]
+
+
 def fields_of(item: Item, scores: list[str]) -> dict[str, object]:
     """What a row says of a picture: flat, and every row the same fields."""
     known = item.entry.scores if item.entry is not None else {}
     return {
         "product": item.product,
         "defect": item.defect,
-        "number": item.entry.number if item.entry is not None else None,
+        "number": item.number,
         **{f"score_{name}": known.get(name) for name in scores},
     }

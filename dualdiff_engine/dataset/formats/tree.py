@@ -77,20 +77,20 @@ class Tree:
             for entry in entries:
                 split = "val" if entry.image in held else "train"
                 name = joined(product, defect, f"{entry.number:06d}")
-                yield Item(name, split, product, defect, label, entry.image, entry)
+                yield Item(name, split, product, defect, entry.number, label, entry.image, entry)
         for product in self.products:
             good = self.good_of(product)
             for split, paths in (("train", good.train), ("val", good.test)):
                 for number, path in enumerate(paths):
                     name = joined(product, GOOD, f"{split}-{number:06d}")
-                    yield Item(name, split, product, GOOD, None, path, None)
+                    yield Item(name, split, product, GOOD, number, None, path, None)
 
 
 @dataclass(frozen=True)
 class Item:
     """One picture of a flat format.
 
-    split: train or val. label: index in `Tree.classes`, None for a normal picture, which has no
+    split: train or val. number: of the pair, or of the normal picture in its split. label: index in `Tree.classes`, None for a normal picture, which has no
     entry either.
     """
 
@@ -98,6 +98,7 @@ class Item:
     split: str
     product: str
     defect: str
+    number: int
     label: int | None
     image: Path
     entry: Entry | None
