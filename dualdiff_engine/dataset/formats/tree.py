@@ -90,8 +90,8 @@ class Tree:
 class Item:
     """One picture of a flat format.
 
-    split: train or val. number: of the pair, or of the normal picture in its split. label: index in `Tree.classes`, None for a normal picture, which has no
-    entry either.
+    split: train or val. number: of the pair, or of the normal picture in its split. label: index in
+    `Tree.classes`, None for a normal picture, which has no entry either.
     """
 
     name: str
