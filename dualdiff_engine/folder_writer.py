@@ -200,7 +200,7 @@ class FolderWriter:
         assert self._manifest is not None, "use FolderWriter as a context manager"
         lost = self._lost.pop((_key(identity(pair.recipe)), pair.seed), None)
         index = self._next if lost is None else lost.index
-        files = _files_of(index)
+        files = files_of(index)
         contents = {self.root / file: png_of(pair, kind) for kind, file in files.items()}
         names = ("seed", "empty_mask", "scores", "accepted", "recipe")
         record = {name: getattr(pair, name) for name in names}
@@ -244,7 +244,7 @@ class FolderWriter:
 
     def _whole(self, row: Row) -> bool:
         """Whether the pictures of a row are there and undamaged."""
-        return all(is_whole_png(self.root / file) for file in _files_of(row.index).values())
+        return all(is_whole_png(self.root / file) for file in files_of(row.index).values())
 
     def _check_manifest(self) -> None:
         """Raises OutputError when the manifest was removed or replaced since it was opened."""
@@ -306,7 +306,7 @@ class Row:
     recipe: Mapping[str, Any]
 
 
-def _files_of(index: int) -> dict[str, str]:
+def files_of(index: int) -> dict[str, str]:
     """Kind -> path of a picture, relative to the folder."""
     return {kind: f"{kind}/{index:05d}.png" for kind in KINDS}
 
@@ -348,7 +348,7 @@ def _row_of(line: bytes, index: int | None = None) -> Row | None:
     if not fits:
         return None
     # a number that changed is told by what is written twice
-    files = _files_of(index)
+    files = files_of(index)
     agrees = recipe.get("seed", seed) == seed and content.get("files", files) == files
     return Row(index, seed, recipe) if agrees else None
 

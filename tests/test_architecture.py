@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dualdiff_engine"
 OPTIONAL = (
     *("triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "xformers"),
-    *("matplotlib", "torch_fidelity", "lpips", "pydantic"),
+    *("matplotlib", "torch_fidelity", "lpips", "supervision", "pycocotools", "webdataset"),
+    "pydantic",
 )
 
 # What the modules of a room (or a single module) may import of ours. Every module is in one of
@@ -56,18 +57,9 @@ LAYERS: dict[str, set[str]] = {
         *("pair", "pictures", "pipeline", "settings", "training"),
     },
     "cli": {
-        *("adapters", "base_model", "dataset", "demo", "device", "engine", "errors", "evaluation"),
-        *(
-            "files",
-            "folder_writer",
-            "model",
-            "ops",
-            "pair",
-            "pictures",
-            "pipeline",
-            "settings",
-            "training",
-        ),
+        "dataset",
+        *("adapters", "base_model", "demo", "device", "engine", "errors", "evaluation", "files"),
+        *("folder_writer", "model", "ops", "pair", "pictures", "pipeline", "settings", "training"),
     },
 }
 PACKAGE_ROOMS = set(LAYERS)

@@ -25,6 +25,8 @@ from dualdiff_engine.cli import evaluate as evaluation
 from dualdiff_engine.cli import make as making
 from dualdiff_engine.cli import tune as tuning
 from dualdiff_engine.cli.doctor import doctor, print_table
+from dualdiff_engine.cli.export_dataset import export_dataset
+from dualdiff_engine.cli.gallery import gallery
 from dualdiff_engine.cli.interrupt import INTERRUPTED, TERMINATED, clean_stop
 from dualdiff_engine.cli.options import (
     MOST_PAIRS,
@@ -457,3 +459,5 @@ app.command("tune")(tuning.tune)
 app.command("make")(making.make)
 app.command("status")(making.status)
 app.command("verify")(making.verify)
+app.command("export-dataset")(export_dataset)
+app.command()(gallery)

@@ -120,3 +120,29 @@ def test_errors_are_one_line(
     monkeypatch.setitem(sys.modules, "yaml", None)
     assert main(["make", job]) == 2
     assert "pip install 'dualdiff-engine[dataset]'" in capsys.readouterr().err
+
+
+def test_a_dataset_is_looked_through_rejected_from_refilled_and_exported(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, tree = tmp_path / "data", tmp_path / "tree"
+    assert main(["make", job]) == 0
+    before = layout.pictures_of(root, "p/a", 1)["image"].read_bytes()
+    assert main(["gallery", str(root)]) == 0
+    rows = (root / "gallery" / "rows.js").read_text("ascii")
+    assert rows.count('"accepted"') >= 1
+    # as the page writes it
+    (tmp_path / "rejected.txt").write_text("p/a/000001\n")
+    assert main(["make", job, "--reject", str(tmp_path / "rejected.txt")]) == 0
+    after = layout.pictures_of(root, "p/a", 1)["image"].read_bytes()
+    assert after != before
+    assert main(["verify", str(root)]) == 0
+    capsys.readouterr()
+    assert main(["export-dataset", str(root), "--format", "mvtec", "--out", str(tree)]) == 0
+    assert "12 pairs, 0 normal pictures, 1 pairs left out" in capsys.readouterr().out
+    exported = {path.read_bytes() for path in (tree / "p/test/a").iterdir()}
+    assert len(exported) == 6
+    assert after in exported
+    assert before not in exported
+    assert main(["gallery", str(root), "--product", "p"]) == 2
+    assert "leave out --product" in capsys.readouterr().err
