@@ -65,7 +65,7 @@ def export_dataset(
     """Write accepted pairs and normal pictures in a format that training programs read."""
     from dualdiff_engine.dataset.formats import export
 
-    with _told(quiet):
+    with told(quiet):
         normal = _good(good or ())
         done = export(entries_of(pairs, product, defect), form, out, good=normal, held=held_out)
     if not quiet:
@@ -109,7 +109,7 @@ def _good(texts: Sequence[str]) -> dict[str, list[Path]]:
 
 
 @contextmanager
-def _told(quiet: bool) -> Iterator[None]:
+def told(quiet: bool) -> Iterator[None]:
     """Warnings as lines on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualdiff_engine.cli.export_dataset import told
 from dualdiff_engine.cli.interrupt import clean_stop
 from dualdiff_engine.cli.options import FILE, Json, Quiet
 from dualdiff_engine.errors import SettingsError
@@ -99,6 +100,10 @@ def make(
             _show_made(maker, made)
     if stopped.is_set():
         raise typer.Exit(stopped.code)
+    with told(quiet):
+        for form, done in maker.export():
+            if done is not None and not quiet:
+                typer.echo(f"{form}: {done.pairs} pairs, {done.good} normal pictures")
     if made.missing or made.killed:
         raise typer.Exit(SET_ASIDE)
 

@@ -273,6 +273,8 @@ class Job(Part):
     good: dict[str, PathText | Annotated[float, Field(ge=0, lt=1)]] = {}
     """Product -> folder of normal pictures, for the exported formats; held_out: the share of them
     that goes to the test split."""
+    formats: tuple[str, ...] = ()
+    """What the finished dataset is exported to, under out/formats: mvtec, yolo, …"""
     sampling: Sampling = Sampling()
     """How all of them are drawn."""
     limits: Limits = Limits()
@@ -304,6 +306,11 @@ class Job(Part):
         for product, folder in self.good.items():
             if (product == "held_out") != isinstance(folder, float):
                 raise ValueError(f"good.{product}: write product: folder, and held_out: 0.2")
+        products = {defect.product for defect in self.defects}
+        if strangers := sorted(self.good.keys() - products - {"held_out"}):
+            raise ValueError(f"good.{strangers[0]}: no defect is of this product: leave it out")
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError("formats: one is listed twice: give it once")
         return self
 
     @property

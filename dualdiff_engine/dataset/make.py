@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine.dataset import inputs, job_file, layout, plan, rows, status
+from dualdiff_engine.dataset import exports, inputs, job_file, layout, plan, rows, status
+from dualdiff_engine.dataset.formats import Exported
 from dualdiff_engine.dataset.gates import Gate
 from dualdiff_engine.dataset.inputs import Checked
 from dualdiff_engine.dataset.job import Job
@@ -123,6 +124,17 @@ class Maker:
         finally:
             self._end(writer)
         return self._made(outcome)
+
+    def export(self) -> Iterator[tuple[str, Exported | None]]:
+        """Write the job's formats, if every pair of every shard is there; see `export_all`."""
+        own = self.state.accepted
+        wanted = {source.name: source.spec.pairs for source in self.checked.sources}
+        accepted = {
+            name: {number: own[name][number] for number in range(count) if number in own[name]}
+            for name, count in wanted.items()
+        }
+        if all(len(accepted[name]) == count for name, count in wanted.items()):
+            yield from exports.export_all(self.job, accepted)
 
     def _begin(self, writer: Writer, by_hand: list[Task]) -> None:
         """Take the folder over from older runs, and write what this one is."""

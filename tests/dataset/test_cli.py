@@ -146,3 +146,29 @@ def test_a_dataset_is_looked_through_rejected_from_refilled_and_exported(
     assert before not in exported
     assert main(["gallery", str(root), "--product", "p"]) == 2
     assert "leave out --product" in capsys.readouterr().err
+
+
+def test_a_job_s_formats_follow_its_pairs(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, wanted = tmp_path / "data", ["--set", "formats=[mvtec]"]
+    assert main(["make", job, "--set", "formats=[mvtek]"]) == 2
+    assert "formats: there is no format 'mvtek'" in capsys.readouterr().err
+    assert not root.exists()
+    # half of the pairs are another machine's
+    assert main(["make", job, *wanted, "--shard", "0/2"]) == 0
+    assert not (root / "formats").exists()
+    assert main(["make", job, *wanted, "--shard", "1/2"]) == 0
+    assert "mvtec: 12 pairs" in capsys.readouterr().out
+    tree = root / "formats" / "mvtec" / "p" / "test" / "a"
+    before = {path.name: path.read_bytes() for path in tree.iterdir()}
+    assert len(before) == 6
+    assert main(["make", job, *wanted]) == 0
+    assert "mvtec:" not in capsys.readouterr().out
+    (tmp_path / "rejected.txt").write_text("p/a/000001\n")
+    assert main(["make", job, *wanted, "--reject", str(tmp_path / "rejected.txt")]) == 0
+    after = {path.name: path.read_bytes() for path in tree.iterdir()}
+    assert after.keys() == before.keys()
+    assert len(set(after.values()) - set(before.values())) == 1
+    assert not list((root / "formats").glob(".*"))
+    assert main(["verify", str(root)]) == 0

@@ -81,7 +81,7 @@ def export(
         OutputError: the folder holds something or cannot be written.
     """
     out = Path(out)
-    kind = _format_of(form)
+    kind = check_format(form)
     if not 0 <= held < 1:
         raise SettingsError(f"held_out must be at least 0 and less than 1, got {held:g}")
     _refuse_taken(out)
@@ -96,7 +96,8 @@ def export(
     return Exported(pairs, pictures, len(rows) - pairs)
 
 
-def _format_of(form: str) -> Format:
+def check_format(form: str) -> Format:
+    """Raises SettingsError for a format that there is not, or whose package is missing."""
     if form not in FORMATS:
         raise SettingsError(f"there is no format {form!r}: choose one of {', '.join(FORMATS)}")
     for package in FORMATS[form].needs:
