@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dualdiff_engine.base_model import configs, doubling
+from dualdiff_engine.base_model import configs
 from dualdiff_engine.base_model.folder import (
     AGAIN,
     PARTS,
@@ -237,7 +237,6 @@ class BaseModel:
         if device.type == "cpu" and dtype == torch.float32:
             # channels last, PyTorch's GroupNorm on a CPU loses more digits the larger the map is
             layout = torch.contiguous_format
-            doubling.fold(vae)
         return vae.to(device, memory_format=layout).eval().requires_grad_(False)
 
     def _empty_unet(self) -> Any:
