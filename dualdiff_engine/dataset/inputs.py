@@ -17,7 +17,6 @@ import numpy as np
 
 from dualdiff_engine import adapters
 from dualdiff_engine.base_model import BaseModel
-from dualdiff_engine.dataset import exports
 from dualdiff_engine.dataset.job import ALL, DEMO, Defect, Job
 from dualdiff_engine.demo import presets as demo
 from dualdiff_engine.errors import DataError, DualDiffError, OutputError, SettingsError
@@ -269,7 +268,6 @@ def check(job: Job) -> Checked:
 
     Raises BaseModelError, AdapterError, SettingsError, DataError.
     """
-    exports.check(job)
     found = sources(job)
     base = BaseModel(base_of(job), local_files_only=job.engine.offline)
     base.check()

@@ -56,6 +56,7 @@ class Maker:
 
     def __init__(self, job: Job, shard: Shard | None = None) -> None:
         self.job, self.shard = job, shard or Shard()
+        exports.check(job)
         self.checked: Checked = inputs.check(job)
         for source in self.checked.sources:
             Gate.of(job.gates, source)
