@@ -1,4 +1,4 @@
-"""`dualdiff export …` and `dualdiff verify`. Slow imports happen when a command runs."""
+"""`dualdiff export …`, and what `dualdiff verify` does with bundles. Slow imports come when used."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the `dualdiff` command."""
     app.add_typer(export, name="export")
-    app.command()(verify)
 
 
 def _require(*packages: str) -> None:
@@ -273,14 +272,12 @@ def triton_server(
     _say(quiet)(f"tritonserver --model-repository {out}")
 
 
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="Bundle to check.")], as_json: Json = False
-) -> None:
+def verify_bundle(bundle: Path, *, as_json: bool) -> None:
     """Check a bundle's hashes, and that its graphs still compute the same."""
     _require("onnx", "onnxruntime")
-    from dualdiff_engine.export.folder.verify import verify_bundle
+    from dualdiff_engine.export.folder.verify import verify_bundle as verified
 
-    report = verify_bundle(bundle)
+    report = verified(bundle)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return

@@ -463,6 +463,8 @@ class AdapterSummary:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> AdapterSummary:
         """The inverse of `asdict`. Raises TypeError and ValueError for anything else."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a summary is a mapping, not {type(values).__name__}")
         distilled = values.get("distilled")
         held = None if distilled is None else Distilled.of(distilled)
         return cls(**{**values, "distilled": held})

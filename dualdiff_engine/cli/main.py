@@ -87,7 +87,7 @@ from dualdiff_engine.errors import (
     DualDiffError,
     SettingsError,
 )
-from dualdiff_engine.export.cli import register
+from dualdiff_engine.export.cli import register, verify_bundle
 from dualdiff_engine.settings import Background, Prompts, Sampling
 
 if TYPE_CHECKING:
@@ -454,10 +454,31 @@ def _shapes(base: str) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
     return model.site_shapes, model.text_layers
 
 
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A dataset by `make`, or a bundle by `export`.")
+    ],
+    remove: Annotated[
+        bool,
+        typer.Option(
+            "--remove", help="Of a dataset: delete damaged pairs, which make then draws again."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a dataset's pairs, or a bundle's files and graphs, against what was written."""
+    if making.is_dataset(folder):
+        making.verify(folder, remove=remove, as_json=as_json)
+        return
+    if remove:
+        raise SettingsError(f"--remove is for datasets, and {folder} is none: leave it out")
+    verify_bundle(folder, as_json=as_json)
+
+
 app.command()(doctor)
 app.command("tune")(tuning.tune)
 app.command("make")(making.make)
 app.command("status")(making.status)
-app.command("verify")(making.verify)
 app.command("export-dataset")(export_dataset)
 app.command()(gallery)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dualdiff_engine.dataset.plan import Task
     from dualdiff_engine.dataset.status import Status
     from dualdiff_engine.dataset.supervisor import Supervisor
+    from dualdiff_engine.dataset.verify import Verified
 
 FAILED, SET_ASIDE = 2, 3
 _MOST_TOLD = 20
@@ -190,20 +191,29 @@ def _show_status(found: Status) -> None:
         typer.echo("not complete, and no worker is drawing: run dualdiff make")
 
 
-def verify(
-    folder: Folder,
-    remove: Annotated[
-        bool, typer.Option("--remove", help="Delete damaged pairs, which make then draws again.")
-    ] = False,
-) -> None:
+def is_dataset(folder: Path) -> bool:
+    """Whether `make` wrote a folder, or has begun to."""
+    from dualdiff_engine.dataset import layout
+
+    return any((folder / name).exists() for name in (layout.RUN, layout.STORE))
+
+
+def verify(folder: Path, *, remove: bool, as_json: bool) -> None:
     """Compare every pair of a dataset with the hashes in its row, and the folders with the plan."""
     from dualdiff_engine.dataset.verify import verify as compared
 
     found = compared(folder, remove=remove)
+    if as_json:
+        typer.echo(json.dumps({"sound": found.sound, "faults": found.faults}, indent=2))
+    else:
+        _show_verified(found)
+    if found.faults:
+        raise typer.Exit(FAILED)
+
+
+def _show_verified(found: Verified) -> None:
     typer.echo(f"{found.sound} pairs are as they were written")
     for line in found.faults[:_MOST_TOLD]:
         typer.echo(line, err=True)
     if (more := len(found.faults) - _MOST_TOLD) > 0:
         typer.echo(f"and {more} more", err=True)
-    if found.faults:
-        raise typer.Exit(FAILED)

@@ -172,3 +172,18 @@ def test_a_job_s_formats_follow_its_pairs(
     assert len(set(after.values()) - set(before.values())) == 1
     assert not list((root / "formats").glob(".*"))
     assert main(["verify", str(root)]) == 0
+
+
+def test_verify_takes_bundles_too(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundles' own tests are in tests/export."""
+    assert main(["make", job]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "data"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"sound": 12, "faults": []}
+    (tmp_path / "other").mkdir()
+    assert main(["verify", str(tmp_path / "other"), "--remove"]) == 2
+    assert "--remove is for datasets" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "other")]) == 2
+    assert "bundle" in capsys.readouterr().err
