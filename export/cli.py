@@ -1,4 +1,4 @@
-"""`dualdiff export …`, and what `dualdiff verify` does with bundles. Slow imports come when used."""
+"""`dualdiff export …`, and `dualdiff verify` of bundles. Slow imports happen when a verb runs."""
 
 from __future__ import annotations
 
