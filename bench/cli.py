@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from dualdiff_engine.errors import DualDiffError, SettingsError
 from dualdiff_engine.settings import DISTILLED, PRESETS
 
 if TYPE_CHECKING:
+    import torch
+
     from dualdiff_engine.bench.step.case import Case
     from dualdiff_engine.bench.step.workers import Entry
 
@@ -54,6 +56,14 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(name for name in PRESETS if name != DISTILLED),
         help="as many calls as a preset makes on SD-1.5 (released: 101, with background 51)",
     )
+    _add_case(p)
+    _add_whole(p)
+    p.add_argument("--output-json", type=Path, metavar="FILE", help="write the record")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw the record (png, svg, pdf)")
+    return p
+
+
+def _add_case(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rounds", type=int, default=3, help="timed steps per peer (default 3)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
     p.add_argument("--guidance", type=float, default=2.5, help="guidance scale, above 1")
@@ -65,12 +75,23 @@ def parser() -> argparse.ArgumentParser:
                    f"{', '.join(DTYPES)} (default: bfloat16 on a GPU, else float32)")  # fmt: skip
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0, …")
     p.add_argument(
-        "--peers", default="released,diffusers,engine", help="any of " + ", ".join(PEER_NAMES)
+        "--peers",
+        help=f"any of {', '.join(PEER_NAMES)} (default: released,diffusers,engine; whole pairs are "
+        "drawn by released and by engines)",
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--output-json", type=Path, metavar="FILE", help="write the record")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw the record (png, svg, pdf)")
-    return p
+
+
+def _add_whole(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--end-to-end", action="store_true",
+        help="whole pairs, from prompts to PNG files: seconds per pair, stage by stage",
+    )  # fmt: skip
+    p.add_argument(
+        "--timed-calls", type=int, metavar="N",
+        help="with --end-to-end: make only N calls of a schedule and count them all (default: "
+        "every call; 3 for sd15 on a CPU)",
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             roofline.main(words[1:])
         else:
-            _run(parser().parse_args(words))
+            options = parser().parse_args(words)
+            (_run_whole if options.end_to_end else _run)(options)
     except DualDiffError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
@@ -142,7 +164,7 @@ def _entries(options: argparse.Namespace, on_gpu: bool) -> list[Entry]:
     dtypes = _names(options.dtype or ("bfloat16" if on_gpu else "float32"), DTYPES, "dtype")
     if not on_gpu and "float16" in dtypes:
         raise SettingsError("float16 on a CPU is emulated and very slow: use bfloat16")
-    peers = _names(options.peers, PEER_NAMES, "peer")
+    peers = _names(options.peers or "released,diffusers,engine", PEER_NAMES, "peer")
     if "engine-fresh" in peers and not options.background:
         raise SettingsError("engine-fresh needs --background; without it, it equals engine")
     # the released program knows fp32 only
@@ -154,35 +176,82 @@ def _entries(options: argparse.Namespace, on_gpu: bool) -> list[Entry]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    for path in (options.output_json, options.plot):
-        if path is not None and not path.parent.is_dir():
-            raise SettingsError(f"no folder {str(path.parent)!r} for {path.name}: create it first")
+    if options.timed_calls is not None:
+        raise SettingsError("--timed-calls goes with --end-to-end")
+    _check_outputs(options)
     import torch
 
     from dualdiff_engine.bench.step import measure, peers, report
-    from dualdiff_engine.bench.step.case import WHY
-    from dualdiff_engine.device import device_of
 
-    device = device_of(options.device)
-    on_gpu = device.type == "cuda"
-    case, entries = _case(options, on_gpu), _entries(options, on_gpu)
+    device, case = _device_and_case(options)
+    entries = _entries(options, device.type == "cuda")
     for entry in entries:
         peers.require(entry.peer, device, getattr(torch, entry.dtype))
-    if options.model is None:
-        reason = "" if on_gpu else " (no GPU; --model sd15 runs it)"
-        print(f"preset {case.model}: {WHY[case.model]}{reason}", flush=True)
-    start = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(f"[{time.perf_counter() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
-
-    record = measure.run(case, entries, device=str(device), rounds=options.rounds, say=say)
+    record = measure.run(case, entries, device=str(device), rounds=options.rounds, say=_sayer())
     lines = ["", report.headline(record), "", report.text_table(record), ""]
     print("\n".join([*lines, report.LEGEND, *report.preparations(record)]))
     if options.output_json:
         report.write_json(record, options.output_json)
     if options.plot:
         report.write_plot(record, options.plot)
+
+
+def _run_whole(options: argparse.Namespace) -> None:
+    for flag in ("calls", "plot"):
+        if getattr(options, flag) is not None:
+            raise SettingsError(f"--end-to-end does not take --{flag}: the preset says the calls")
+    if options.timed_calls is not None and options.timed_calls < 2:
+        raise SettingsError("--timed-calls must be at least 2: the first call is not timed")
+    _check_outputs(options)
+    import torch
+
+    from dualdiff_engine.bench import end_to_end
+    from dualdiff_engine.bench.step import peers, report
+
+    options.peers = options.peers or "released,engine"
+    _names(options.peers, end_to_end.PEERS, "peer that draws whole pairs")
+    options.preset = options.preset or "released"
+    device, case = _device_and_case(options)
+    on_gpu = device.type == "cuda"
+    entries = _entries(options, on_gpu)
+    for entry in entries:
+        peers.require(entry.peer, device, getattr(torch, entry.dtype))
+    timed = end_to_end.timed_calls(case, options.timed_calls, on_gpu=on_gpu)
+    record = end_to_end.run(
+        case, entries, device=str(device), rounds=options.rounds, timed=timed, say=_sayer()
+    )
+    print("\n".join(["", end_to_end.headline(record), "", end_to_end.table(record)]))
+    print(end_to_end.LEGEND)
+    if options.output_json:
+        report.write_json(record, options.output_json)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    for path in (options.output_json, options.plot):
+        if path is not None and not path.parent.is_dir():
+            raise SettingsError(f"no folder {str(path.parent)!r} for {path.name}: create it first")
+
+
+def _device_and_case(options: argparse.Namespace) -> tuple[torch.device, Case]:
+    from dualdiff_engine.bench.step.case import WHY
+    from dualdiff_engine.device import device_of
+
+    device = device_of(options.device)
+    on_gpu = device.type == "cuda"
+    case = _case(options, on_gpu)
+    if options.model is None:
+        reason = "" if on_gpu else " (no GPU; --model sd15 runs it)"
+        print(f"preset {case.model}: {WHY[case.model]}{reason}", flush=True)
+    return device, case
+
+
+def _sayer() -> Callable[[str], None]:
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+    return say
 
 
 if __name__ == "__main__":

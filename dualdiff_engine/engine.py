@@ -25,7 +25,7 @@ from dualdiff_engine.device import (
     tf32_of,
 )
 from dualdiff_engine.errors import BackendError, BaseModelError, SettingsError
-from dualdiff_engine.model import binding, tuning
+from dualdiff_engine.model import binding, doubling, tuning
 from dualdiff_engine.model import cuda_graph as graphs
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
@@ -132,8 +132,7 @@ class Engine:
                 f"the base UNet lacks {fold.diffusers_name(lacking[0])} "
                 f"({len(lacking)} tensors in all): download it again"
             )
-        if self.device.type == "cpu" and self.dtype == torch.float32:
-            # in half precision the folded kernels would be rounded anew
+        if doubling.fits(self.device, self.dtype):
             self.unet.fold_doublings()
         if cuda_graph is False or not graphs.wanted(cuda_graph, self.device):
             return self.unet
@@ -456,7 +455,12 @@ class Engine:
         return self._until_interrupted(pipeline.generate(run, request))
 
     def unfinished(
-        self, seeds: Sequence[int], **options: Any
+        self,
+        n: int | Sequence[int] | None = None,
+        *,
+        seeds: int | Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+        **options: Any,
     ) -> Generator[Callable[[], Pair], None, None]:
         """As `stream`, but hand out what makes each pair: one call, in any thread.
 
@@ -464,7 +468,7 @@ class Engine:
         `pipeline.request.check`.
         """
         run = self._run()
-        request = check(run, None, seeds, options.pop("sampling", None) or Sampling(), **options)
+        request = check(run, n, seeds, sampling or Sampling(), **options)
         return self._until_interrupted(pipeline.unfinished(run, request))
 
     def _until_interrupted(self, pairs: Generator[T, None, None]) -> Generator[T, None, None]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dualdiff_engine.bench import machine
 from dualdiff_engine.bench.step import exported
 from dualdiff_engine.bench.step.case import WHY, Case
-from dualdiff_engine.bench.step.peers import META, PEERS, Exported
+from dualdiff_engine.bench.step.peers import META, PEERS, Exported, folds
 from dualdiff_engine.bench.step.workers import Entry, Worker
 from dualdiff_engine.ops import bind
 
@@ -27,16 +27,26 @@ WARM_UP = 2
 Say = Callable[[str], None]
 
 
-def count_flops(case: Case, peer: str) -> int:
-    """FLOPs of one step of a peer, counted on shapes alone (matrix products, convolutions)."""
+def count_flops(case: Case, peer: str, *, folds: bool = False) -> int:
+    """FLOPs of one step of a peer, counted on shapes alone (matrix products, convolutions).
+
+    folds: whether its doublings are folded, as `peers.folds` says.
+    """
     with torch.inference_mode():
-        built = PEERS[peer](case, META, torch.float32)
+        given = {"folds": True} if folds else {}
+        built = PEERS[peer](case, META, torch.float32, **given)
         if case.background:
             # what is computed once per timestep, for all batches, is not part of a step
             built.step(0)
         with FlopCounterMode(display=False) as counter:
             built.step(0)
     return int(counter.get_total_flops())
+
+
+def flops_of(case: Case, entry: Entry, device: str) -> int:
+    """FLOPs of one step of an entry as it runs on a device."""
+    folded = folds(entry.peer, torch.device(device), getattr(torch, entry.dtype))
+    return count_flops(case, entry.peer, folds=folded)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -114,7 +124,7 @@ def run(
     rows = [
         {
             **asdict(entry),
-            **speed(case, entry, seconds[entry], best[entry.dtype]),
+            **speed(case, entry, device, seconds[entry], best[entry.dtype]),
             "peak_bytes": peaks[entry],
             "load_s": loads[entry]["load_s"],
             "load_peak_bytes": loads[entry]["load_peak"],
@@ -136,9 +146,11 @@ def run(
     }
 
 
-def speed(case: Case, entry: Entry, seconds: Sequence[float], rate: float) -> dict[str, Any]:
+def speed(
+    case: Case, entry: Entry, device: str, seconds: Sequence[float], rate: float
+) -> dict[str, Any]:
     """The part of a row that follows from its times. rate: FLOP/s of products in its dtype."""
-    middle, flops = statistics.median(seconds), count_flops(case, entry.peer)
+    flops, middle = flops_of(case, entry, device), statistics.median(seconds)
     return {
         "ms_per_step": quantiles(seconds),
         "steps_timed": len(seconds),

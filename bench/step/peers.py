@@ -27,6 +27,7 @@ from dualdiff_engine.bench.step.case import (
 from dualdiff_engine.bench.step.ported import PortedUNet, merged, sdpa
 from dualdiff_engine.bench.step.released import ReleasedUNet
 from dualdiff_engine.errors import BackendError
+from dualdiff_engine.model import doubling
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
@@ -186,13 +187,18 @@ class EnginePeer:
     only: str | None = None
     graphed = False
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, case: Case, device: torch.device, dtype: torch.dtype, folds: bool | None = None
+    ) -> None:
+        """folds: whether doublings are folded, by default as an engine there decides."""
         self.case, self.inputs = case, case.inputs(device)
         counted = device == META
         self.ops = bind("reference") if counted else self.bound(device, dtype)
         unet = DualUNet(network_config(case.model), self.ops, background=case.background)
         if not counted:
             unet.load(folded_tensors(case.model, case.seed, case.background, device, dtype))
+        if doubling.fits(device, dtype) if folds is None else folds:
+            unet.fold_doublings()
         self.time_bias = unet.time_inputs(case.timesteps.to(device))
         self.text = unet.text_inputs(self.inputs["context"].to(dtype))
         self.unet: Denoiser = GraphedDenoiser(unet) if self.graphed and not counted else unet
@@ -306,6 +312,13 @@ PEERS: dict[str, type[Peer]] = {
     "engine-onnxruntime": exported_to("onnxruntime"),
     "engine-tensorrt": exported_to("tensorrt"),
 }
+
+
+def folds(peer: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a peer's network runs with folded doublings; exported graphs have none."""
+    built = PEERS[peer]
+    ours = issubclass(built, EnginePeer) and not issubclass(built, Exported)
+    return ours and doubling.fits(device, dtype)
 
 
 def require(peer: str, device: torch.device, dtype: torch.dtype) -> None:

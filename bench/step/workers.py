@@ -8,6 +8,7 @@ import resource
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def _serve(
             )
 
 
+def answer_of(pipe: Connection, process: BaseProcess, entry: Entry) -> Any:
+    """What a peer's process sends next. Raises DualDiffError when it died."""
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError) as error:
+        process.join()
+        raise DualDiffError(
+            f"benchmark peer {entry.name} died (exit {process.exitcode}); "
+            "out of memory is the usual reason: use a smaller --batch"
+        ) from error
+
+
 class Worker:
     """A peer in a process; use as a context manager.
 
@@ -107,14 +120,7 @@ class Worker:
         return answer["seconds"], answer["peak"], answer["noise"]
 
     def _answer(self) -> dict[str, Any]:
-        try:
-            return self.pipe.recv()
-        except (EOFError, ConnectionResetError) as error:
-            self.process.join()
-            raise DualDiffError(
-                f"benchmark peer {self.entry.name} died (exit {self.process.exitcode}); "
-                "out of memory is the usual reason: use a smaller --batch"
-            ) from error
+        return answer_of(self.pipe, self.process, self.entry)
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -93,6 +94,7 @@ from dualdiff_engine.settings import Background, Prompts, Sampling
 if TYPE_CHECKING:
     from dualdiff_engine.engine import Engine
     from dualdiff_engine.folder_writer import FolderWriter
+    from dualdiff_engine.pair import Pair
 
 FAILED, SET_ASIDE = 2, 3
 _STOPPED = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
@@ -366,19 +368,30 @@ def _write_pairs(
 ) -> None:
     """Draw what the folder lacks. Raises typer.Exit unless every pair is there in the end."""
     from dualdiff_engine.folder_writer import MANIFEST, QUARANTINE
+    from dualdiff_engine.pipeline.beside import Beside
 
-    written = empty = full = refused = 0
+    counts: Counter[str] = Counter()
+
+    def write(finish: Callable[[], Pair]) -> None:
+        pair = finish()
+        writer.write(pair)
+        counts["written"] += 1
+        counts["empty"] += pair.empty_mask
+        counts["full"] += pair.full_mask
+        counts["refused"] += pair.accepted is False
+
     with clean_stop(engine.interrupt) as stopped:
-        pairs = engine.stream(**options, resume=writer, on_fault=writer.quarantine)
+        # a pair that cannot be written ends the batch that is drawn meanwhile
+        beside = Beside(engine.max_batch, engine.interrupt)
+        set_aside = partial(beside.submit, writer.quarantine)
+        drawn = engine.unfinished(**options, resume=writer, on_fault=set_aside)
         # closed, the generator ends its progress bar, which would run over an error's line
-        with closing(pairs):
-            for pair in pairs:
-                writer.write(pair)
-                written += 1
-                empty += pair.empty_mask
-                full += pair.full_mask
-                refused += pair.accepted is False
-    lines = [f"new pairs in {writer.root}: {written} (empty masks: {empty}, full masks: {full})"]
+        with closing(drawn), beside:
+            for finish in drawn:
+                beside.submit(write, finish)
+    written, refused = counts["written"], counts["refused"]
+    masks = f"empty masks: {counts['empty']}, full masks: {counts['full']}"
+    lines = [f"new pairs in {writer.root}: {written} ({masks})"]
     if refused:
         lines.append(f"not accepted in any attempt: {refused}, see their rows in {MANIFEST}")
     if writer.present:
