@@ -22,7 +22,7 @@ PEER_NAMES = (
     "released", "diffusers", "eager", "compiled", "xformers", "engine", "engine-fresh",
     "engine-graph", "engine-triton-graph", "engine-triton", "engine-native", "engine-xformers",
     "engine-onednn", "engine-widened", "engine-reference", "engine-onnxruntime", "engine-tensorrt",
-    "engine-sdpa-flash", "engine-sdpa-cudnn", "engine-sdpa-efficient",
+    "engine-sdpa-flash", "engine-sdpa-cudnn", "engine-sdpa-efficient", "engine-triton-composed",
     *(f"engine-only-{op}" for op in (
         "linear", "branch_linear", "attention", "exchange", "group_norm_silu", "geglu",
         "guided_step",

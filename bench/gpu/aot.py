@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dualdiff_engine.ops.proof import first_line
-from dualdiff_engine.ops.triton import OPS
+from dualdiff_engine.ops.triton import MODULES
 from dualdiff_engine.ops.triton.listing import Compilation
 
 ARCHITECTURES = (80, 89, 90, 100)
@@ -98,10 +98,10 @@ def assembler_report(ptx: str, architecture: int) -> str:
         return subprocess.run(words, capture_output=True, text=True, check=True).stderr
 
 
-def measure(ops: Iterable[str] = tuple(OPS)) -> dict[str, dict[str, Any]]:
-    """ "op name sm_90" -> usage, for every compilation of the ops on every architecture."""
+def measure(modules: Iterable[str] = MODULES) -> dict[str, dict[str, Any]]:
+    """ "op name sm_90" -> usage, for every compilation of the modules on every architecture."""
     found = {}
-    for module in dict.fromkeys(OPS[op] for op in ops):
+    for module in modules:
         listed = importlib.import_module(f"dualdiff_engine.ops.triton.{module}").compilations()
         for compilation in listed:
             for architecture in ARCHITECTURES:
@@ -172,14 +172,16 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the budget anew")
-    parser.add_argument("--ops", nargs="*", default=list(OPS), help="only these ops")
+    parser.add_argument("--modules", nargs="*", default=list(MODULES), help="only these")
     options = parser.parse_args()
-    found = measure(options.ops)
+    found = measure(options.modules)
     print(table(found))
-    if options.update:
-        BUDGET.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        return
     budget = json.loads(BUDGET.read_text("utf-8"))
+    if options.update:
+        everything = set(options.modules) == set(MODULES)
+        kept = found if everything else budget | found
+        BUDGET.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+        return
     if complaints := worse(found, budget):
         sys.exit("\n".join(complaints))
 

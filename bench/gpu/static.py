@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dualdiff_engine.bench.gpu import aot
-from dualdiff_engine.ops.triton import OPS
+from dualdiff_engine.ops.triton import MODULES
 from dualdiff_engine.ops.triton.attention import split
 from dualdiff_engine.ops.triton.listing import Compilation
 
@@ -187,6 +187,8 @@ def useful(constants: Mapping[str, Any]) -> float:
         return constants["DIM"] / sum(split(constants["DIM"]))
     if {"BLOCK_C", "BLOCK_G", "WIDTH"} <= constants.keys():
         return min(1.0, constants["BLOCK_G"] * constants["WIDTH"] / constants["BLOCK_C"])
+    if {"CHANNELS", "WIDTH"} <= constants.keys():
+        return constants["CHANNELS"] / constants["WIDTH"]
     return 1.0
 
 
@@ -204,9 +206,8 @@ def _kind(x: Instruction) -> str:
     return "float" if name[0] == "F" and name != "FENCE" else "other"
 
 
-def listed(ops: Iterable[str]) -> list[Compilation]:
+def listed(modules: Iterable[str]) -> list[Compilation]:
     """The compilations that the table is of; kernels in float32 use no tensor cores."""
-    modules = dict.fromkeys(OPS[op] for op in ops)
     return [
         compilation
         for module in modules
@@ -217,10 +218,10 @@ def listed(ops: Iterable[str]) -> list[Compilation]:
     ]
 
 
-def measure(ops: Iterable[str] = tuple(OPS)) -> dict[str, dict[str, Any]]:
+def measure(modules: Iterable[str] = MODULES) -> dict[str, dict[str, Any]]:
     """Compilation -> its bound, as a dictionary."""
     found = {}
-    for compilation in listed(ops):
+    for compilation in listed(modules):
         _, cubin = aot.build(compilation, ARCHITECTURE)
         found[compilation.name] = asdict(bound(disassemble(cubin), compilation.constants))
     return found
@@ -255,13 +256,13 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the committed table anew")
-    parser.add_argument("--ops", nargs="*", default=list(OPS), help="only these ops")
+    parser.add_argument("--modules", nargs="*", default=list(MODULES), help="only these")
     options = parser.parse_args()
-    found = measure(options.ops)
+    found = measure(options.modules)
     print(table(found), "", LEGEND, sep="\n")
     budget = json.loads(STATIC.read_text("utf-8")) if STATIC.exists() else {}
-    names = {compilation.name for compilation in listed(options.ops)}
-    everything = set(options.ops) == set(OPS)
+    names = {compilation.name for compilation in listed(options.modules)}
+    everything = set(options.modules) == set(MODULES)
     if options.update:
         write(found if everything else budget | found)
     elif complaints := worse(

@@ -15,10 +15,11 @@ from dualdiff_engine.errors import BackendError
 from dualdiff_engine.ops import proof
 
 # Usually fastest first: without measurements `auto` takes the first that serves an op. After the
-# reference, which serves all: single kernels of libraries, taken on request or where measured.
+# reference, which serves all: single kernels of libraries and other forms of ours, taken on request
+# or where measured.
 BACKENDS = (
     *("triton", "native", "xformers", "onednn", "widened", "reference"),
-    *("sdpa-flash", "sdpa-cudnn", "sdpa-efficient"),
+    *("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "triton-composed"),
 )
 
 

@@ -1,5 +1,7 @@
 """Triton kernels for NVIDIA GPUs: one op per file, each registered as a PyTorch operator.
 
+What an op has besides its fused kernel is a backend of its own, in KERNELS: "triton-composed".
+
 Loading this package does not load Triton; an op's module is loaded when the op is first asked for.
 Under TRITON_INTERPRET=1 the same kernels run on a CPU, slowly: that is how they are tested.
 """
@@ -9,7 +11,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ OPS = {
     "geglu": "geglu",
     "guided_step": "guided_step",
 }
+COMPOSED = {"exchange": "composed_exchange"}
+MODULES = (*dict.fromkeys(OPS.values()), *COMPOSED.values())
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # of a proof, where it is longer than the device's: interpreted, a small problem takes seconds
 LIMIT_S = 60.0
@@ -59,6 +64,30 @@ def proven(device: torch.device) -> tuple[bool, str]:
     if interpreted():
         return False, "interpreted kernels are for tests"
     return device.type != "cuda", "taken where measured as faster: dualdiff tune"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A backend of other kernels than `load` gives. modules: op -> the module that holds it."""
+
+    modules: Mapping[str, str]
+    LIMIT_S: float = LIMIT_S
+
+    def supported(self, op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        """As `triton.supported`."""
+        if op not in self.modules:
+            return False, f"has no {op}"
+        ok, reason = supported(op, device, dtype)
+        return ok, "kernels around the library's products" if ok and not interpreted() else reason
+
+    def load(self, op: str) -> Callable[..., Tensor]:
+        """As `triton.load`."""
+        module = importlib.import_module(f"{__name__}.{self.modules[op]}")
+        bound: Callable[..., Tensor] = getattr(module, op)
+        return bound
+
+
+KERNELS = {"composed": Form(COMPOSED)}
 
 
 def load(op: str) -> Callable[..., Tensor]:

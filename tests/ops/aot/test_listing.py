@@ -7,12 +7,12 @@ import importlib
 import pytest
 import torch
 
-from dualdiff_engine.ops.triton import OPS, listing
+from dualdiff_engine.ops.triton import MODULES, listing
 from dualdiff_engine.ops.triton.guided_step import _guided_step_kernel
 from dualdiff_engine.ops.triton.tuning import Config
 
 
-@pytest.mark.parametrize("module", sorted(set(OPS.values())))
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_candidates_are_listed_once_with_every_default(module: str) -> None:
     op = importlib.import_module(f"dualdiff_engine.ops.triton.{module}")
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from dualdiff_engine.adapters.format import Affine
-from dualdiff_engine.ops.triton.exchange import exchange
+from dualdiff_engine.ops.triton import composed_exchange
+from dualdiff_engine.ops.triton.exchange import exchange as fused
 from op_inputs import exchange_arguments, strided, unfolded_interaction
 from tolerance import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
+Exchange = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(params=[fused, composed_exchange.exchange], ids=["fused", "composed"])
+def exchange(request: pytest.FixtureRequest) -> Exchange:
+    return request.param
+
+
 @pytest.mark.parametrize(("rows", "channels"), [(63, 48), (1, 16), (70, 96)])
-def test_exchange(dtype: torch.dtype, rows: int, channels: int) -> None:
+def test_exchange(exchange: Exchange, dtype: torch.dtype, rows: int, channels: int) -> None:
     given, parts = exchange_arguments(rows, channels, dtype)
     x, residual = given[0], given[-1]
     wide = {n: Affine(a.weight.double(), a.bias.double()) for n, a in parts.items()}
@@ -27,7 +38,7 @@ def test_exchange(dtype: torch.dtype, rows: int, channels: int) -> None:
     assert torch.equal(x, before)
 
 
-def test_wrong_shapes() -> None:
+def test_wrong_shapes(exchange: Exchange) -> None:
     given, _ = exchange_arguments(3, 16, torch.float32)
     with pytest.raises(ValueError, match=r"exchange takes input and residual \[2, M, C\].*\[3, 3"):
         exchange(torch.zeros(3, 3, 16), *given[1:])
@@ -35,7 +46,7 @@ def test_wrong_shapes() -> None:
         exchange(*given[:-1], torch.zeros(2, 4, 16))
 
 
-def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registration(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     given, _ = exchange_arguments(5, 16, torch.float32)
     torch.library.opcheck(exchange, tuple(given))
