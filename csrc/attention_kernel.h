@@ -187,6 +187,7 @@ class AttentionItem {
         : a(attention),
           s(attention, Product::VALUES, reinterpret_cast<uintptr_t>(memory)),
           row(item / a.chunks() / a.heads),
+          source_row(row % a.source_batch),
           offset(item / a.chunks() % a.heads * a.width),
           first_query(item % a.chunks() * QUERY_CHUNK),
           queries(least(QUERY_CHUNK, a.query.length - first_query)),
@@ -214,17 +215,18 @@ class AttentionItem {
   private:
     const Attention& a;
     AttentionScratch s;
-    int64_t row, offset, first_query, queries, blocks;
+    int64_t row, source_row, offset, first_query, queries, blocks;
     float scale;
 
-    const Element* at(const Rows& rows, int64_t position) const {
-        return static_cast<const Element*>(rows.data) + row * rows.batch_stride +
+    const Element* at(const Rows& rows, int64_t n, int64_t position) const {
+        return static_cast<const Element*>(rows.data) + n * rows.batch_stride +
                position * rows.row_stride + offset;
     }
 
     // position in the first source, or, after its end, in the second
     const Element* joined(const Rows& one, const Rows& two, int64_t position) const {
-        return position < one.length ? at(one, position) : at(two, position - one.length);
+        return position < one.length ? at(one, source_row, position)
+                                     : at(two, source_row, position - one.length);
     }
 
     void pack_queries(int64_t block) {
@@ -234,7 +236,7 @@ class AttentionItem {
             for (int64_t i = 0; i < WIDTH; ++i) {
                 int64_t query = block * LANES + lane + i;
                 if (query < queries)
-                    Product::pack_row(at(a.query, first_query + query), a.width,
+                    Product::pack_row(at(a.query, row, first_query + query), a.width,
                                       s.staging + i * s.padded_words);
             }
             for (int64_t word = 0; word < s.padded_words; word += WIDTH) {

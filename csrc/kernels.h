@@ -30,6 +30,7 @@ struct Attention {
     Rows query, key, value, more_key, more_value;
     void* out;  // contiguous [batch, query.length, heads * width]
     int64_t batch, heads, width;
+    int64_t source_batch;  // of keys and values: row n of the queries reads their row n % it
     bool bf16;
 
     int64_t chunks() const { return (query.length + QUERY_CHUNK - 1) / QUERY_CHUNK; }

@@ -49,10 +49,10 @@ void use_level(const std::string& name) {
 
 void bind_attention(const PyRows& query, const PyRows& key, const PyRows& value,
                     const PyRows& more_key, const PyRows& more_value, Address out, int64_t batch,
-                    int64_t heads, int64_t width, bool bf16, int threads) {
+                    int64_t heads, int64_t width, int64_t source_batch, bool bf16, int threads) {
     attention(*current,
               {rows(query), rows(key), rows(value), rows(more_key), rows(more_value), pointer(out),
-               batch, heads, width, bf16},
+               batch, heads, width, source_batch, bf16},
               threads);
 }
 

@@ -37,7 +37,9 @@ LARGEST = 96
 # the first is what the others are compared with in speed
 STEP_PEERS = ("engine-triton-graph", "engine-triton", "engine-graph", "engine-reference")
 OTHERS = (STEP_PEERS[0], STEP_PEERS[-1], "eager", "xformers", "released")
-LADDER = (STEP_PEERS[0], STEP_PEERS[-1], *(f"engine-only-{op}" for op in ops.NAMES))
+# of the released coupling
+RUNGS = [f"engine-only-{op}" for op in ops.NAMES if op not in ops.COUPLED]
+LADDER = (STEP_PEERS[0], STEP_PEERS[-1], *RUNGS)
 FIRST_STEP = "dualdiff_engine.bench.gpu.first_step"
 # of a ladder, when it is interpreted
 FEW = 2

@@ -25,7 +25,7 @@ from torch import Tensor
 from dualdiff_engine import ops
 from dualdiff_engine.bench import clock, machine
 from dualdiff_engine.bench.op import auto
-from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace, work
+from dualdiff_engine.bench.op.cases import Problem, Spec, coupled, problem, trace, work
 from dualdiff_engine.bench.step import measure, report
 from dualdiff_engine.bench.step.case import MODELS, SCALE, WHY
 from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks
@@ -238,6 +238,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--background", action="store_true", help="the calls of a step with a background"
     )
+    p.add_argument(
+        "--coupled", action="store_true",
+        help="the calls of the same sites in a coupling that connects, aligns and merges",
+    )  # fmt: skip
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0, …")
     p.add_argument("--ops", default=",".join(ops.NAMES), help="only these, with commas")
@@ -267,13 +271,20 @@ def main(arguments: Sequence[str]) -> None:
     if path is not None and not path.parent.is_dir():
         raise SettingsError(f"no folder {str(path.parent)!r} to write {path.name} to: make it")
     traced = trace(model, pairs, background=options.background)
+    if options.coupled:
+        traced = coupled(traced, pairs)
     calls = Counter({spec: n for spec, n in traced.items() if spec.op in chosen})
     print(f"preset {model}: {WHY[model]}", flush=True)
     if not on_gpu:
         # as an engine does
         keep_freed_blocks()
-    choices = auto.taken(
-        model, pairs, device, dtype, background=options.background, limit_s=options.tune
+    # of the traced network's own calls
+    choices = (
+        {}
+        if options.coupled
+        else auto.taken(
+            model, pairs, device, dtype, background=options.background, limit_s=options.tune
+        )
     )
     found = run(
         calls, device, dtype, rounds=options.rounds,
@@ -281,6 +292,7 @@ def main(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     size = MODELS[model]["sample_size"] * SCALE[model]
     case = {"model": model, "batch": pairs, "size": size, "background": options.background}
+    case |= {"coupled": True} if options.coupled else {}
     record = {**machine.facts(device), "case": case, **found}
     print(table(record["rows"]), "", LEGEND, "", auto.verdict(record["rows"], choices), sep="\n")
     if path is not None:

@@ -21,7 +21,7 @@ from dualdiff_engine.adapters.fold import fold_interaction
 from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.bench.step.case import MODELS, TEXT_TOKENS, network_config
 from dualdiff_engine.model.unet import DualUNet
-from dualdiff_engine.ops import NAMES, Ops, reference
+from dualdiff_engine.ops import NAMES, Ops, proof, reference
 
 META = torch.device("meta")
 GUIDANCE = 2.5
@@ -98,6 +98,26 @@ def trace(
     return calls
 
 
+def coupled(calls: Mapping[Spec, int], pairs: int) -> Counter[Spec]:
+    """The same sites in the other forms that a coupling can give them, as often as traced.
+
+    Self-attention over both branches' keys, text attention aligned, a merge for the exchange.
+    """
+    found: Counter[Spec] = Counter()
+    for spec, count in calls.items():
+        first, second, *rest = spec.arguments
+        if spec.op == "exchange":
+            channels = first[2]
+            found[Spec("merge", (first, (2, channels, channels), first))] += count
+        elif spec.op == "attention" and second[0] == first[0] and second[1] == first[1]:
+            half = (first[0] // 2, *first[1:])
+            found[Spec("attention", (first, half, half, rest[1], half, half))] += count
+        elif spec.op == "attention":
+            query = (2, first[0] // 2, pairs, first[1] // pairs, first[2])
+            found[Spec("align", proof.alignment(query, second[1], rest[1]))] += count
+    return found
+
+
 # more rows than this ask for no other kernel; keys do, unless a tile of them divides both numbers
 FEW_ROWS, FEW_KEYS = 16, 256
 
@@ -114,15 +134,22 @@ def few_rows(spec: Spec) -> Spec:
         return (*(1 for _ in shape[:axis]), FEW_ROWS, *shape[axis + 1 :])
 
     if spec.op == "attention":
-        keys = FEW_KEYS if second[1] % FEW_KEYS == 0 else second[1]
-        source = (1, keys, second[2])
-        return Spec(spec.op, ((1, FEW_ROWS, first[2]), source, source, *rest[1:]))
+        query = (first[0] // second[0], FEW_ROWS, first[2])
+        source, _, *more = (
+            (1, FEW_KEYS if x[1] % FEW_KEYS == 0 else x[1], x[2])
+            for x in (second, rest[0], *rest[2:])
+        )
+        return Spec(spec.op, (query, source, source, rest[1], *more))
     if spec.op == "group_norm_silu":
         return Spec(spec.op, ((1, *first[1:]), second, *rest))
-    if spec.op == "exchange":
+    if spec.op in ("exchange", "merge"):
         positions = first[1] if first[1] % FEW_ROWS else FEW_ROWS
         both = (2, positions, first[2])
-        return Spec(spec.op, (both, second, *rest[:3], both))
+        return Spec(spec.op, (both, second, *rest[:-1], both))
+    if spec.op == "align":
+        query = (2, 1, 1, FEW_ROWS, first[4])
+        graphic = ((FEW_ROWS,), rest[6]) if len(rest) > 5 else ()
+        return Spec(spec.op, proof.alignment(query, second[1], rest[1], *graphic))
     if spec.op == "branch_linear" and len(rest) == 3:
         bias, (groups, _, width), keep = rest
         own = (first[0], groups * FEW_ROWS, first[2])
@@ -159,9 +186,10 @@ def work(spec: Spec, dtype: torch.dtype) -> Work:
         out = getattr(reference, spec.op)(*arguments)
     tensors = [x for x in (*arguments, out) if isinstance(x, Tensor)]
     exps = 0
-    if spec.op == "attention":
-        rows, positions, _ = spec.arguments[0]
-        exps = rows * spec.arguments[3] * positions * spec.arguments[1][1]
+    if spec.op in ("attention", "align"):
+        query, key, _, heads, *more = spec.arguments
+        keys = key[1] + sum(x[1] for x in more[:1] if spec.op == "attention")
+        exps = math.prod(query[:-1]) * heads * keys
     elif spec.op == "exchange":
         exps = 2 * spec.arguments[0][1]
     elif spec.op in ("geglu", "group_norm_silu"):
@@ -214,6 +242,12 @@ def problem(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 0)
         drawn = torch.randn(shape, generator=generator, device=device)
         if "weight" in name:
             drawn = 1 + 0.1 * drawn if len(shape) == 1 else drawn / math.sqrt(shape[-1])
+        if name in ("tokens", "graphic"):
+            # a word is a token or two, a graphic half of the picture
+            drawn = (
+                (torch.arange(drawn.numel(), device=device) < 2) if name == "tokens" else drawn > 0
+            )
+            drawn = drawn.view(shape).float()
         return (0.3 * drawn if "bias" in name or name == "keep" else drawn).to(dtype)
 
     arguments = tuple(
@@ -276,8 +310,18 @@ def _branch_linear(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., T
     return Problem(spec, arguments, plain, library, {0: 1}, 1, rows)
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    more_key: Tensor | None = None,
+    more_value: Tensor | None = None,
+) -> Tensor:
     """Scores, softmax and weighted sum one after the other, some rows at a time."""
+    if more_key is not None and more_value is not None:
+        key, value = torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1)
+    key, value = (x.repeat(query.shape[0] // x.shape[0], 1, 1) for x in (key, value))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (
@@ -293,7 +337,9 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -
 
 
 def _attention(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
-    query, key, value, num_heads = arguments
+    query, key, value, num_heads, *more = arguments
+    if more or query.shape[0] != key.shape[0]:
+        return _shared_attention(spec, arguments)
     # keys and values are views into a packed projection, of self-attention queries too
     if query.shape == key.shape:
         query, key, value = torch.cat([query, key, value], dim=-1).chunk(3, dim=-1)
@@ -305,6 +351,68 @@ def _attention(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tenso
     rows = _ends(query.shape[0], query.device)
     arguments = (query, key, value, num_heads)
     return Problem(spec, arguments, plain_attention, libraries, {0: 0, 1: 0, 2: 0}, 0, rows)
+
+
+def _shared_attention(spec: Spec, arguments: tuple[Any, ...]) -> Problem:
+    """Of sources that groups of rows share: whatever row is asked for, it reads all of one."""
+    query, key, value, num_heads, *more = arguments
+    if len(more) == 2 and key.shape[0] * 2 == query.shape[0]:
+        # views into the packed projection of both branches
+        packed = torch.cat([torch.cat([key, value], dim=-1), torch.cat(more, dim=-1)])
+        (key, more_key), (value, more_value) = (x.chunk(2) for x in packed.chunk(2, dim=-1))
+        more = [more_key, more_value]
+    arguments = (query, key, value, num_heads, *more)
+    rows = _ends(query.shape[1], query.device, 256)
+    library = {} if query.is_cuda else {"sdpa": reference.attention}
+    return Problem(spec, arguments, plain_attention, library, {0: 1}, 1, rows)
+
+
+def _align(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    query, key, value, num_heads, _, tokens, *rest = arguments
+    key, value = torch.cat([key, value], dim=-1).chunk(2, dim=-1)
+    mean_key = (tokens @ key) / tokens.sum()
+    arguments = (query, key, value, num_heads, mean_key, tokens, *rest)
+    axes = {0: 2} | ({7: 0} if len(rest) > 1 and rest[1].dim() == 2 else {})
+    rows = _ends(query.shape[2], query.device)
+    return Problem(spec, arguments, plain_align, {}, axes, 2, rows)
+
+
+def plain_align(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    mean_key: Tensor,
+    tokens: Tensor,
+    scale: Tensor,
+    graphic: Tensor | None = None,
+    strength: float = 0.0,
+) -> Tensor:
+    """Means, their standard form, scores, softmax and weighted sum one after the other."""
+    branches, rows = query.shape[:2]
+    key, value = (
+        x.view(branches, rows, 1, -1, num_heads, x.shape[-1] // num_heads).transpose(3, 4)
+        for x in (key, value)
+    )
+    width = key.shape[-1]
+    mean = (query * mean_key.view(branches, rows, 1, 1, -1)).sum(-1) / num_heads
+    deviation, average = torch.std_mean(mean, dim=-1, correction=0, keepdim=True)
+    bias = scale * ((mean - average) / deviation).flip(0)
+    if graphic is not None:
+        bias = bias + strength * (2 * graphic - 1)
+    heads = query.unflatten(-1, (num_heads, width)).transpose(3, 4)
+    scores = heads @ key.mT / math.sqrt(width) + bias[:, :, :, None, :, None] * tokens
+    return (torch.softmax(scores, dim=-1) @ value).transpose(3, 4).flatten(4)
+
+
+def _merge(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:
+    def plain(input: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        normed = F.layer_norm(input, input.shape[-1:], eps=reference.INTERACTION_EPS)
+        moved = torch.stack([F.linear(normed[1 - f] - normed[f], weight[f]) for f in range(2)])
+        return residual + input + moved
+
+    rows = _ends(arguments[0].shape[1], arguments[0].device, 256)
+    return Problem(spec, arguments, plain, {}, {0: 1, 2: 1}, 1, rows)
 
 
 def _sdpa(backend: SDPBackend, *arguments: Any) -> Tensor:
@@ -378,6 +486,8 @@ _COMPLETE: dict[str, Callable[[Spec, tuple[Any, ...], Callable[..., Tensor]], Pr
     "branch_linear": _branch_linear,
     "attention": _attention,
     "exchange": _exchange,
+    "merge": _merge,
+    "align": _align,
     "group_norm_silu": _group_norm_silu,
     "geglu": _geglu,
     "guided_step": _guided_step,

@@ -31,7 +31,7 @@ from dualdiff_engine.model import doubling
 from dualdiff_engine.model.call import Denoiser
 from dualdiff_engine.model.cuda_graph import GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
-from dualdiff_engine.ops import BACKENDS, NAMES, Ops, bind, triton, xformers
+from dualdiff_engine.ops import BACKENDS, COUPLED, NAMES, Ops, bind, triton, xformers
 
 META = torch.device("meta")
 
@@ -306,8 +306,8 @@ PEERS: dict[str, type[Peer]] = {
     "engine-fresh": EngineFresh,
     "engine-graph": variant(graphed=True),
     **{f"engine-{name}": variant(backend=name) for name in BACKENDS},
-    # from plain PyTorch to everything at once, one op at a time
-    **{f"engine-only-{op}": variant(only=op) for op in NAMES},
+    # from plain PyTorch to everything at once, one op of the released coupling at a time
+    **{f"engine-only-{op}": variant(only=op) for op in NAMES if op not in COUPLED},
     "engine-triton-graph": variant(backend="triton", graphed=True),
     "engine-onnxruntime": exported_to("onnxruntime"),
     "engine-tensorrt": exported_to("tensorrt"),

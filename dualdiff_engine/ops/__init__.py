@@ -11,6 +11,7 @@ PyTorch's scaled_dot_product_attention is the attention of the reference.
 
 from dualdiff_engine.ops.choice import (
     BACKENDS,
+    COUPLED,
     NAMES,
     Choice,
     Ops,
@@ -24,6 +25,7 @@ from dualdiff_engine.ops.choice import (
 
 __all__ = [
     "BACKENDS",
+    "COUPLED",
     "NAMES",
     "Choice",
     "Ops",

@@ -45,6 +45,8 @@ class Ops:
     branch_linear: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     exchange: Callable[..., Tensor]
+    merge: Callable[..., Tensor]
+    align: Callable[..., Tensor]
     group_norm_silu: Callable[..., Tensor]
     geglu: Callable[..., Tensor]
     guided_step: Callable[..., Tensor]
@@ -66,6 +68,9 @@ class Ops:
 
 
 NAMES = tuple(field.name for field in fields(Ops) if field.default is MISSING)[:-1]
+
+# of couplings other than the released one, whose sites exchange instead
+COUPLED = ("merge", "align")
 
 
 def backend_module(name: str) -> Any:

@@ -95,8 +95,12 @@ def attention(
     rows, _, channels = query.shape
     for k, v in sources:
         require(
-            k.dim() == 3 and k.shape == v.shape and k.shape[::2] == query.shape[::2],
-            f"attention takes keys and values [{rows}, L, {channels}]",
+            k.dim() == 3
+            and k.shape == v.shape
+            and k.shape[::2] == (key.shape[0], channels)
+            and (k.shape[0] == rows or (k.shape[0] > 0 and rows % k.shape[0] == 0)),
+            f"attention takes, of {rows} rows or the same divisor of them, "
+            f"keys and values [{rows}, L, {channels}]",
             k, v,
         )  # fmt: skip
     if sum(k.shape[1] for k, _ in sources) == 0:
@@ -122,6 +126,51 @@ def exchange(
             f"got {shapes(input, *weights)} and residual {shapes(residual)}"
         )
     same_dtype("exchange", input, *weights, residual)
+
+
+def merge(input: Tensor, weight: Tensor, residual: Tensor) -> None:
+    channels = input.shape[-1]
+    fits = input.dim() == 3 and input.shape[0] == 2 and residual.shape == input.shape
+    if not fits or weight.shape != (2, channels, channels):
+        raise ValueError(
+            "merge takes input and residual [2, M, C] and weight [2, C, C]; "
+            f"got {shapes(input, weight)} and residual {shapes(residual)}"
+        )
+    same_dtype("merge", input, weight, residual)
+
+
+def align(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    mean_key: Tensor,
+    tokens: Tensor,
+    scale: Tensor,
+    graphic: Tensor | None = None,
+) -> None:
+    if query.dim() != 5 or query.shape[0] != 2 or num_heads < 1 or query.shape[-1] % num_heads:
+        raise ValueError(
+            f"align takes query [2, R, B, S, C], C of {num_heads} heads; got {shapes(query)}"
+        )
+    _, rows, pairs, positions, channels = query.shape
+    length = key.shape[1] if key.dim() == 3 else 0
+    require(
+        key.shape == value.shape == (2 * rows, length, channels)
+        and length > 0
+        and mean_key.shape == (2 * rows, channels)
+        and tokens.shape == (length,)
+        and scale.shape == (1,),
+        f"align takes key and value [{2 * rows}, L, {channels}] of L > 0, "
+        f"mean_key [{2 * rows}, {channels}], tokens [L], scale [1]",
+        key, value, mean_key, tokens, scale,
+    )  # fmt: skip
+    require(
+        graphic is None or graphic.shape in ((positions,), (pairs, positions)),
+        f"align takes graphic [{positions}] or [{pairs}, {positions}]",
+        graphic,
+    )
+    same_dtype("align", query, key, value, mean_key, tokens, scale, graphic)
 
 
 def group_norm_silu(input: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> None:

@@ -32,6 +32,16 @@ def exchange(input_shape: torch.Size, *_: object, **__: object) -> int:
     return 3 * 2 * positions * channels * channels
 
 
+def merge(input_shape: torch.Size, *_: object, **__: object) -> int:
+    positions, channels = input_shape[1:]
+    return 2 * 2 * positions * channels * channels
+
+
+def align(query_shape: torch.Size, key_shape: torch.Size, *_: object, **__: object) -> int:
+    # the attention, and the mean score
+    return 4 * math.prod(query_shape) * key_shape[1] + 2 * math.prod(query_shape)
+
+
 def elementwise(*_: object, **__: object) -> int:
     """Counts as none, as in PyTorch's own formulas."""
     return 0
@@ -42,6 +52,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "branch_linear": linear,
     "attention": attention,
     "exchange": exchange,
+    "merge": merge,
+    "align": align,
     "group_norm_silu": elementwise,
     "geglu": linear,
     "guided_step": elementwise,

@@ -31,6 +31,7 @@ PASSES = 2
 GAIN = 0.97
 # rows that a proof keeps of a call: more than a vector, a block's edge among them
 ROWS, KEYS = 33, 130
+PRODUCTS = ("linear", "branch_linear", "geglu", "exchange", "merge")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ def shape_class(op: str, shapes: Shapes) -> str:
         facts += [second[-2]]
         # a residual, or the background
         facts += ["more"] if any(x is not None for x in shapes[3:]) else []
-    elif op == "attention":
+    elif op in ("attention", "align"):
         facts += [second[1], shapes[3]]
+        # rows that share a source; a second source, or a graphic
+        facts += [f"of{second[0]}"] if op == "attention" and second[0] != first[0] else []
+        extra = shapes[4:5] if op == "attention" else shapes[7:8]
+        facts += ["more"] if any(x is not None for x in extra) else []
     elif op == "group_norm_silu":
         facts += [second]
     return "x".join(map(str, facts))
@@ -78,11 +83,18 @@ def reduced(op: str, shapes: Shapes) -> Shapes:
     elif op == "branch_linear":
         s[0] = (s[0][0], min(ROWS, math.prod(s[0][1:-1])), s[0][-1])
     elif op == "attention":
-        keys = min(KEYS, s[1][1])
-        s[0] = (1, min(ROWS, s[0][1]), s[0][2])
-        s[1] = s[2] = (1, keys, s[1][2])
-    elif op == "exchange":
-        s[0] = s[5] = (2, min(ROWS, s[0][1]), s[0][2])
+        # every source has one row, and the queries that share it follow
+        s[0] = (s[0][0] // s[1][0], min(ROWS, s[0][1]), s[0][2])
+        s[1], s[2], *more = ((1, min(KEYS, x[1]), x[2]) for x in (*s[1:3], *s[4:6]) if x)
+        s[4:] = more
+    elif op == "align":
+        positions, width = s[0][3:]
+        positions, source = min(ROWS, positions), (2, *s[1][1:])
+        s[0], s[1], s[2], s[4] = (2, 1, 1, positions, width), source, source, (2, width)
+        if len(s) > 7 and s[7] is not None:
+            s[7] = (positions,)
+    elif op in ("exchange", "merge"):
+        s[0] = s[-1] = (2, min(ROWS, s[0][1]), s[0][2])
     elif op == "group_norm_silu":
         s[0] = (1, s[0][1], min(9, s[0][2]), min(8, s[0][3]))
     return tuple(s)
@@ -91,10 +103,11 @@ def reduced(op: str, shapes: Shapes) -> Shapes:
 def cost(call: OpCall) -> int:
     """What a call reads and multiplies, roughly: the dearest are measured first."""
     sizes = [math.prod(x) for x in call.shapes if isinstance(x, tuple)]
-    if call.op == "attention":
-        return 2 * sizes[0] * call.shapes[1][1]
+    if call.op in ("attention", "align"):
+        more = call.shapes[4] if call.op == "attention" and len(call.shapes) > 4 else None
+        return 2 * sizes[0] * (call.shapes[1][1] + (more[1] if more else 0))
     width = call.shapes[1][-2] if isinstance(call.shapes[1], tuple) and sizes[1:] else 1
-    return sizes[0] * (width if call.op in ("linear", "branch_linear", "geglu", "exchange") else 1)
+    return sizes[0] * (width if call.op in PRODUCTS else 1)
 
 
 def candidates(

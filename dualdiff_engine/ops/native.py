@@ -108,10 +108,11 @@ def attention(
 ) -> Tensor:
     """As `reference.attention`: softmax(q [k, k']ᵀ / sqrt(D)) [v, v'] per head.
 
-    query [N, S, C], key and value [N, L, C], more_key and more_value [N, L', C] or neither, with
-    L + L' > 0 -> [N, S, C] contiguous. Rows and batch have any strides; columns that are not
-    adjacent are copied. Softmax and sums in fp32; in bf16 the weights are rounded before they meet
-    the values where the processor multiplies bf16. Raises ValueError on other inputs.
+    query [N, S, C], key and value [N', L, C], more_key and more_value [N', L', C] or neither, with
+    L + L' > 0 and N' dividing N -> [N, S, C] contiguous. Rows and batch have any strides; columns
+    that are not adjacent are copied. Softmax and sums in fp32; in bf16 the weights are rounded
+    before they meet the values where the processor multiplies bf16. Raises ValueError on other
+    inputs.
     """
     contracts.attention(query, key, value, num_heads, more_key, more_value)
     bf16 = _is_bf16("attention", query)
@@ -122,7 +123,7 @@ def attention(
         rows = [_rows(x) for x in adjacent] + [NO_ROWS] * (4 - len(sources))
         batch, _, channels = query.shape
         _native.attention(
-            *rows, out.data_ptr(), batch, num_heads, channels // num_heads, bf16,
+            *rows, out.data_ptr(), batch, num_heads, channels // num_heads, key.shape[0], bf16,
             _threads(),
         )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dualdiff_engine.ops import contracts, flops, reference
 
-OPS = ("linear", "branch_linear", "exchange", "geglu")
+OPS = ("linear", "branch_linear", "exchange", "merge", "geglu")
 
 
 def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -54,4 +54,5 @@ flops.register("linear", "onednn_linear")
 
 branch_linear = partial(reference.branch_linear, linear=linear)
 exchange = partial(reference.exchange, linear=linear)
+merge = partial(reference.merge, linear=linear)
 geglu = partial(reference.geglu, linear=linear)

@@ -22,6 +22,14 @@ from torch import Tensor
 
 from dualdiff_engine.ops import reference
 
+
+def alignment(query: tuple[int, ...], tokens: int, heads: int, *graphic: Any) -> tuple[Any, ...]:
+    """Arguments of `align` as shapes. tokens: of the prompt. graphic: shape, strength."""
+    rows, channels = 2 * query[1], query[-1]
+    source = (rows, tokens, channels)
+    return (query, source, source, heads, (rows, channels), (tokens,), (1,), *graphic)
+
+
 # Shapes of the arguments, in the order of `reference`; what is not a tensor as it is. Widths and
 # head widths of SD-1.5, of small models, and sizes that no vector or block divides; one row; the
 # background's keys and values; a second source of keys; strided views (see `_views`).
@@ -45,10 +53,21 @@ PROBLEMS: dict[str, tuple[tuple[Any, ...], ...]] = {
         ((1, 128, 160), (1, 128, 160), (1, 128, 160), 1),
         ((1, 1, 14), (1, 1, 14), (1, 1, 14), 2),
         ((2, 9, 80), (2, 9, 80), (2, 9, 80), 2, (2, 13, 80), (2, 13, 80)),
+        ((4, 9, 80), (2, 9, 80), (2, 9, 80), 2, (2, 9, 80), (2, 9, 80)),
+        ((6, 17, 64), (3, 130, 64), (3, 130, 64), 2),
     ),
     "exchange": tuple(
         ((2, m, c), (c, c), (c,), (c, c), (c,), (2, m, c))
         for m, c in ((63, 48), (1, 16), (70, 40), (17, 160))
+    ),
+    "merge": tuple(
+        ((2, m, c), (2, c, c), (2, m, c)) for m, c in ((63, 48), (1, 16), (70, 40), (17, 160))
+    ),
+    "align": (
+        alignment((2, 2, 3, 21, 80), 77, 2),
+        alignment((2, 1, 2, 65, 64), 9, 4, (2, 65), 3.0),
+        alignment((2, 2, 1, 17, 160), 130, 1, (17,), 1.5),
+        alignment((2, 1, 1, 1, 14), 1, 2),
     ),
     "group_norm_silu": (
         ((3, 48, 5, 7), 8, (48,), (48,), 1e-5),
@@ -141,7 +160,7 @@ def terms(op: str, arguments: Sequence[Any]) -> int:
         return 0
     if op == "convolution":
         return int(arguments[1][0].numel())
-    keys = arguments[1].shape[1] if op == "attention" else 0
+    keys = arguments[1].shape[1] if op in ("attention", "align") else 0
     return int(max(arguments[0].shape[-1], keys))
 
 
@@ -160,6 +179,9 @@ def draw(
         if name == "gate_weight":
             # a score is a product of two normalised rows through it
             drawn = drawn / math.sqrt(shape[-1])
+        if name in ("tokens", "graphic"):
+            # about half of them
+            drawn = (drawn > 0).float() if name == "tokens" else torch.sigmoid(drawn)
         return (0.3 * drawn if "bias" in name or name == "keep" else drawn).to(device, dtype)
 
     return _views(
@@ -175,7 +197,7 @@ def _views(op: str, arguments: list[Any]) -> list[Any]:
     """In the network's layout: maps channels-last, queries, keys and values of one projection."""
     if op in ("group_norm_silu", "convolution"):
         arguments[0] = arguments[0].contiguous(memory_format=torch.channels_last)
-    elif op == "attention":
+    elif op in ("attention", "align"):
         query, key, value = arguments[:3]
         if query.shape == key.shape:
             arguments[:3] = torch.cat([query, key, value], dim=-1).chunk(3, dim=-1)

@@ -6,6 +6,7 @@ C channels, H heads, D = C/H. Inputs are never written to. Other backends take t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 Linear = Callable[..., Tensor]
 
 INTERACTION_EPS = 1e-6
+# A score map whose deviation over the positions is less than this, times 1 + its mean, is flat: an
+# fp32 sum does not tell it from rounding.
+FLAT = 1e-6
 
 
 def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -72,21 +76,84 @@ def attention(
     num_heads: int,
     more_key: Tensor | None = None,
     more_value: Tensor | None = None,
+    *,
+    attend: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """softmax(q [k, k']ᵀ / sqrt(D)) [v, v'] per head, no mask.
 
     query [N, S, C], key and value [N, L, C], and optionally a second source of both [N, L', C],
     joined in the same softmax; last dimension contiguous, rows may be strided (views into a packed
-    projection) -> [N, S, C] contiguous. Softmax statistics in fp32.
+    projection) -> [N, S, C] contiguous. Softmax statistics in fp32. Sources may have fewer rows, N'
+    that divide N: row n of the queries then reads row n % N', so that the branches share them.
+    attend: computes one source of as many rows; by default PyTorch does.
     """
+    attend = attend or _attend
+    if more_key is not None and more_value is not None:
+        key, value = torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1)
+    if key.shape[0] == query.shape[0]:
+        return attend(query, key, value, num_heads)
+    # the rows that share a source are one long row of queries
+    groups, positions = query.shape[0] // key.shape[0], query.shape[1]
+    merged = query.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+    out = attend(merged, key, value, num_heads).unflatten(1, (groups, positions))
+    return out.transpose(0, 1).flatten(0, 1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """PyTorch's attention of rows [N, ., C]; bias [N, 1, S, L] joins the scores of all heads."""
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    if more_key is not None and more_value is not None:
-        key, value = torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1)
-    out = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+    out = F.scaled_dot_product_attention(heads(query), heads(key), heads(value), bias)
     return out.transpose(1, 2).flatten(2)
+
+
+def align(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    mean_key: Tensor,
+    tokens: Tensor,
+    scale: Tensor,
+    graphic: Tensor | None = None,
+    strength: float = 0.0,
+) -> Tensor:
+    """Attention to the prompt, each branch's drawn to where the other one looks for its tokens T.
+
+        m_f[s] = q_f[s] · mean_key_f / (H sqrt(D)), then of mean 0 and deviation 1 over s
+        A_f[h, s, l] = q_f[h, s] · k_f[h, l] / sqrt(D)
+        A_f[h, s, l in T] += scale · m_g[s] + strength · (2 graphic[s] - 1), g the other branch
+        out_f = softmax(A_f) v_f
+
+    query [2, R, B, S, C] contiguous, key and value [2·R, L, C] -> [2, R, B, S, C]. mean_key
+    [2·R, C]: the mean of key over T, so that m is the mean score over heads and T; tokens [L]: 1
+    for T, else 0; scale [1]; graphic [B, S] or [S] in [0, 1]: where the tokens belong; strength:
+    of the graphic. m in fp32, and 0 at all positions where its deviation is below FLAT · (1 +
+    |mean|); softmax statistics in fp32.
+    """
+    _, rows, pairs, positions, channels = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    merged = query.reshape(2 * rows, -1, channels)
+    scores = merged.to(wide) @ mean_key.to(wide).unsqueeze(-1)
+    scores = scores.view(2, rows, pairs, positions) / math.sqrt(channels * num_heads)
+    bias = scale.to(wide) * _standardised(scores).flip(0)
+    if graphic is not None:
+        bias = bias + strength * (2 * graphic.to(wide) - 1)
+    mask = bias.to(query.dtype).view(2 * rows, 1, -1, 1) * tokens
+    return _attend(merged, key, value, num_heads, mask).view(query.shape)
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    """Of mean 0 and deviation 1 over the last axis; 0 where they are flat, see FLAT."""
+    mean = scores.mean(-1, keepdim=True)
+    centred = scores - mean
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    flat = deviation < FLAT * (1 + mean.abs())
+    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, deviation))
 
 
 def exchange(
@@ -120,6 +187,29 @@ def exchange(
     gate = torch.sigmoid(scores).unsqueeze(-1).to(input.dtype)
     mixed = torch.addcmul(normed[1], gate, difference)
     return linear(mixed, value_weight, value_bias, residual).add_(input)
+
+
+def merge(
+    input: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    eps: float = INTERACTION_EPS,
+    *,
+    linear: Linear = linear,
+) -> Tensor:
+    """Each branch moves by what the other one has and it lacks.
+
+    With x̂_f = (x_f - mean) / sqrt(var + eps) over C, and g the other branch:
+
+        y_f = residual_f + x_f + G_f (x̂_g - x̂_f)
+
+    input and residual [2, M, C], weight [2, C, C], of which row f is G_f -> [2, M, C]. Statistics
+    in fp32.
+    """
+    normed = F.layer_norm(input, (input.shape[-1],), eps=eps)
+    # one difference, and so one product, for both
+    moved = linear(normed[1] - normed[0], weight.flatten(0, 1)).unflatten(-1, (2, -1))
+    return torch.stack([input[0] + moved[:, 0], input[1] - moved[:, 1]]).add_(residual)
 
 
 def convolution(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dualdiff_engine.ops import reference
 
-OPS = ("linear", "branch_linear", "exchange", "geglu")
+OPS = ("linear", "branch_linear", "exchange", "merge", "geglu")
 COST = "products and convolutions of bf16 computed in fp32: as slow as float32, in half its memory"
 
 
@@ -49,4 +49,5 @@ def convolution(
 
 branch_linear = partial(reference.branch_linear, linear=linear)
 exchange = partial(reference.exchange, linear=linear)
+merge = partial(reference.merge, linear=linear)
 geglu = partial(reference.geglu, linear=linear)

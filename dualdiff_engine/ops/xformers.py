@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from dualdiff_engine.ops import flops
+from dualdiff_engine.ops import flops, reference
 
 
 def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -44,6 +44,11 @@ def memory_efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return importlib.import_module("xformers.ops").memory_efficient_attention(query, key, value)
 
 
+def _one_source(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    heads = (x.unflatten(-1, (num_heads, -1)) for x in (query, key, value))
+    return memory_efficient(*heads).flatten(2)
+
+
 @torch.library.custom_op("dualdiff::xformers_attention", mutates_args=())
 def attention(
     query: Tensor,
@@ -54,10 +59,10 @@ def attention(
     more_value: Tensor | None = None,
 ) -> Tensor:
     """As `reference.attention`; the second source is appended to the first."""
-    if more_key is not None and more_value is not None:
-        key, value = torch.cat([key, more_key], dim=1), torch.cat([value, more_value], dim=1)
-    heads = (x.unflatten(-1, (num_heads, -1)) for x in (query, key, value))
-    return memory_efficient(*heads).flatten(2).contiguous()
+    out = reference.attention(
+        query, key, value, num_heads, more_key, more_value, attend=_one_source
+    )
+    return out.contiguous()
 
 
 @attention.register_fake

@@ -15,9 +15,10 @@ from dualdiff_engine.bench import cli, clock
 from dualdiff_engine.bench.gpu import autotune
 from dualdiff_engine.bench.op import auto, roofline
 from dualdiff_engine.bench.op import bench as op_bench
-from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace, work
+from dualdiff_engine.bench.op.cases import Problem, Spec, coupled, problem, trace, work
 from dualdiff_engine.bench.step import measure
 from dualdiff_engine.bench.step.case import Case
+from dualdiff_engine.ops.proof import alignment
 from dualdiff_engine.ops.triton.tuning import Config
 
 CPU = torch.device("cpu")
@@ -26,6 +27,8 @@ SPECS = {
     "branch_linear": Spec("branch_linear", ((2, 12, 16), (2, 24, 16), None, (2, 3, 16), (1,))),
     "attention": Spec("attention", ((3, 9, 32), (3, 7, 32), (3, 7, 32), 2)),
     "exchange": Spec("exchange", ((2, 9, 16), (16, 16), (16,), (16, 16), (16,), (2, 9, 16))),
+    "merge": Spec("merge", ((2, 9, 16), (2, 16, 16), (2, 9, 16))),
+    "align": Spec("align", alignment((2, 2, 3, 9, 32), 7, 2, (3, 9), 2.5)),
     "group_norm_silu": Spec("group_norm_silu", ((3, 16, 5, 7), 4, (16,), (16,), 1e-5)),
     "geglu": Spec("geglu", ((3, 9, 16), (32, 16), (32,))),
     "guided_step": Spec("guided_step", ((2, 2, 3, 4, 5, 7), 2.5)),
@@ -41,7 +44,7 @@ def test_counted_work_is_that_of_the_network(background: bool) -> None:
     between = {"convolution", "convolution bias", "layer norm", "group norm", "residual add"}
     between |= {"concatenation", "upsampling", "copy"}
     # a call of PyTorch's that has no name here would show under its own
-    assert {row["op"] for row in rows} == {*ops.NAMES, *between}
+    assert {row["op"] for row in rows} == {*ops.NAMES, *between} - {*ops.COUPLED}
 
 
 def test_work_between_the_ops_follows_from_shapes() -> None:
@@ -105,6 +108,32 @@ def test_every_backend_is_green_beside_the_plain_formula(op: str, dtype: torch.d
         else:
             assert row["status"].startswith("does not run: ")
     assert not any("ms" in row for row in rows)
+
+
+def test_the_calls_of_another_coupling() -> None:
+    """One form of each site: both branches' keys for all queries, drawn text scores, a merge."""
+    traced = trace("small", 2)
+    found = coupled(traced, 2)
+    by_op = {op: [s for s in found if s.op == op] for op in ("attention", "merge", "align")}
+    assert sum(found.values()) == sum(
+        n for s, n in traced.items() if s.op in ("attention", "exchange")
+    )
+    for spec in by_op["attention"]:
+        query, key, _, _, more, _ = spec.arguments
+        assert query[0] == 2 * key[0]
+        assert key == more
+        plain = Spec(
+            "attention", (query, *[(query[0], 2 * query[1], query[2])] * 2, spec.arguments[3])
+        )
+        assert work(spec, torch.float32).flops == work(plain, torch.float32).flops
+    for spec in by_op["align"]:
+        assert spec.arguments[0][:3] == (2, 2, 2)
+    exchanged = {s.arguments[0]: n for s, n in traced.items() if s.op == "exchange"}
+    assert {s.arguments[0]: found[s] for s in by_op["merge"]} == exchanged
+    with torch.inference_mode():
+        for spec in (by_op["attention"][-1], by_op["align"][-1], by_op["merge"][-1]):
+            rows = op_bench.rows_of(spec, 1, CPU, torch.float32, None)
+            assert {row["status"] for row in rows} == {"ok"}
 
 
 def test_a_wrong_result_has_no_speed() -> None:

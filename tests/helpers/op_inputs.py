@@ -77,6 +77,21 @@ def exchange_arguments(
     return [x, *(folded[name].to(dtype) for name in names), residual], parts
 
 
+def alignment(**others: Any) -> list[Any]:
+    """Arguments of `align` in their order, all of them zero; some are replaced."""
+    arguments = {
+        "query": torch.zeros(2, 2, 3, 5, 8),
+        "key": torch.zeros(4, 7, 8),
+        "value": torch.zeros(4, 7, 8),
+        "num_heads": 2,
+        "mean_key": torch.zeros(4, 8),
+        "tokens": torch.zeros(7),
+        "scale": torch.zeros(1),
+        "graphic": None,
+    }
+    return list((arguments | others).values())
+
+
 def spoilt(op: str) -> dict[str, list[Any]]:
     """Right arguments, spoilt in one way each; by the words that the message must hold."""
     x, w, line = torch.zeros(2, 6, 8), torch.zeros(8, 8), torch.zeros(8)
@@ -105,6 +120,11 @@ def spoilt(op: str) -> dict[str, list[Any]]:
             "C of 3 heads; got [2, 6, 8]": [x, x, x, 3],
             "C of 0 heads": [x, x, x, 0],
             "keys and values [2, L, 8]; got [2, 6, 8], [2, 5, 8]": [x, x, x[:, :5], 2],
+            "of 2 rows or the same divisor of them, keys": [x, *[torch.zeros(3, 6, 8)] * 2, 2],
+            "divisor of them, keys and values [2, L, 8]; got [1, 6, 8]": [
+                *(x, x, x, 2),
+                *[x[:1]] * 2,
+            ],
             "both more_key and more_value": [x, x, x, 2, x],
             "at least one key": [x, x[:, :0], x[:, :0], 2],
             "of one dtype": [x, x, x.half(), 2],
@@ -114,6 +134,25 @@ def spoilt(op: str) -> dict[str, list[Any]]:
             "residual [2, 5, 8]": [x, w, line, w, line, x[:, :5]],
             "biases [C]": [x, w, line, w, line[:3], x],
             "of one dtype": [x, w, line.half(), w, line, x],
+        },
+        "merge": {
+            "input and residual [2, M, C]": [torch.zeros(3, 6, 8), w.expand(2, 8, 8), x],
+            "residual [2, 5, 8]": [x, w.expand(2, 8, 8), x[:, :5]],
+            "weight [2, C, C]; got [2, 6, 8], [8, 8]": [x, w, x],
+            "of one dtype": [x, w.expand(2, 8, 8), x.half()],
+        },
+        "align": {
+            "C of 3 heads; got [2, 2, 3, 5, 8]": alignment(num_heads=3),
+            "query [2, R, B, S, C]": alignment(query=x),
+            "key and value [4, L, 8] of L > 0": alignment(key=x, value=x),
+            "value [4, L, 8] of L > 0": alignment(
+                key=torch.zeros(4, 0, 8), value=torch.zeros(4, 0, 8), tokens=line[:0]
+            ),
+            "mean_key [4, 8]": alignment(mean_key=torch.zeros(2, 8)),
+            "tokens [L]": alignment(tokens=line[:6]),
+            "scale [1]": alignment(scale=line[:2]),
+            "graphic [5] or [3, 5]; got [6]": alignment(graphic=line[:6]),
+            "of one dtype": alignment(scale=line[:1].half()),
         },
         "group_norm_silu": {
             "C in 3 groups": [maps, 3, line, line, 1e-5],

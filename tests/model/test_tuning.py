@@ -17,7 +17,7 @@ from dualdiff_engine import Engine
 from dualdiff_engine.bench.step.case import MODELS, TEXT_TOKENS, network_config
 from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.model import binding, tuning
-from dualdiff_engine.ops import BACKENDS, NAMES, bind, measure, record, reference, serves
+from dualdiff_engine.ops import BACKENDS, COUPLED, NAMES, bind, measure, record, reference, serves
 from support import load_golden
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_every_place_makes_one_call_of_an_op(network: tuning.Network) -> None:
         for place, calls in by_place.items():
             assert len({call.op for call in calls}) == len({call.name for call in calls}), place
         made = {call.op for calls in by_place.values() for call in calls}
-        assert made == {*NAMES} - {"guided_step"}
+        assert made == {*NAMES} - {"guided_step", *COUPLED}
 
 
 def test_a_call_is_the_same_class_at_every_batch(network: tuning.Network) -> None:

@@ -19,7 +19,7 @@ OWN = [("native", op) for op in native.OPS] + [("onednn", "linear")]
 def test_the_contract_of_an_op(op: str) -> None:
     """What a proof draws is accepted; everything spoilt is refused."""
     check: Callable[..., None] = getattr(contracts, op)
-    scalars = {"exchange": 6, "group_norm_silu": 4, "guided_step": 1}
+    scalars = {"exchange": 6, "merge": 3, "align": 8, "group_norm_silu": 4, "guided_step": 1}
     for shapes in proof.PROBLEMS[op]:
         check(*proof.draw(op, shapes, CPU, torch.float32)[: scalars.get(op)])
     refuses(lambda *x: check(*x[: scalars.get(op)]), op)

@@ -121,6 +121,35 @@ def test_attention_joins_a_second_source(ops: Ops, dtype: torch.dtype) -> None:
     assert_within_budget("attention", ops.attention(q, k, v, 2, more_k, more_v), eager, exact)
 
 
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """Row after row. bias [N, S, L] joins the scores of every head."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores if bias is None else scores + bias[:, None].to(scores)
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "positions", "length"), [(2, 2, 63, 63), (2, 3, 1, 1), (3, 1, 17, 130)]
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_rows_share_a_source(
+    ops: Ops, dtype: torch.dtype, groups: int, rows: int, positions: int, length: int, joined: bool
+) -> None:
+    """Row n of the queries reads row n % N' of the keys, without a copy of them."""
+    q = draw(groups * rows, positions, 80, dtype=dtype)
+    packed = draw(2 * rows, length, 160, dtype=dtype, seed=1)
+    (k, more_k), (v, more_v) = (x.chunk(2) for x in packed.chunk(2, dim=-1))
+    keys, values = (torch.cat(x, 1) for x in ((k, more_k), (v, more_v))) if joined else (k, v)
+    keys, values = keys.repeat(groups, 1, 1), values.repeat(groups, 1, 1)
+    exact = plain_attention(q.double(), keys.double(), values.double(), 2)
+    actual = ops.attention(strided(q), k, v, 2, *((more_k, more_v) if joined else ()))
+    assert actual.is_contiguous()
+    assert_within_budget("attention", actual, plain_attention(q, keys, values, 2), exact)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize(("queries", "keys"), [(63, 63), (5, 77), (1, 1)])
 def test_attention(ops: Ops, dtype: torch.dtype, heads: int, queries: int, keys: int) -> None:
@@ -129,15 +158,144 @@ def test_attention(ops: Ops, dtype: torch.dtype, heads: int, queries: int, keys:
     kv = draw(3, keys, 2 * channels, dtype=dtype, seed=1)
     k, v = kv.chunk(2, dim=-1)
 
-    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(40), dim=-1)
-        return (weights @ v).transpose(1, 2).flatten(2)
-
-    exact = eager(q.double(), k.double(), v.double())
+    exact = plain_attention(q.double(), k.double(), v.double(), heads)
     actual = ops.attention(strided(q), k, v, heads)
     assert actual.is_contiguous()
-    assert_within_budget("attention", actual, eager(q, k, v), exact)
+    assert_within_budget("attention", actual, plain_attention(q, k, v, heads), exact)
+
+
+def aligned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    chosen: list[int],
+    scale: float,
+    graphic: Tensor | None,
+    strength: float,
+) -> Tensor:
+    """As the formula is written: the scores of all heads first, then the mean over some tokens."""
+    branches, rows = query.shape[:2]
+    width = query.shape[-1] // heads
+    # [2, R, B, H, S, D] and [2, R, 1, H, L, D]
+    q = query.unflatten(-1, (heads, width)).transpose(-2, -3)
+    k, v = (x.view(branches, rows, 1, -1, heads, width).transpose(-2, -3) for x in (key, value))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(width)
+    mean = scores[..., chosen].mean((-1, -3))
+    centred = mean - mean.mean(-1, keepdim=True)
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    standard = torch.where(deviation > 0, centred / deviation, 0.0)
+    bias = scale * standard.flip(0)
+    if graphic is not None:
+        bias = bias + strength * (2 * graphic - 1)
+    drawn = torch.zeros_like(scores)
+    drawn[..., chosen] = bias[:, :, :, None, :, None].to(scores)
+    out = torch.softmax(scores + drawn, dim=-1) @ v
+    return out.transpose(-2, -3).flatten(-2)
+
+
+def alignment(dtype: torch.dtype, shape: tuple[int, ...], length: int) -> tuple[Tensor, ...]:
+    """query, key and value of a packed projection."""
+    query = draw(*shape, dtype=dtype)
+    packed = draw(2 * shape[1], length, 2 * shape[-1], dtype=dtype, seed=1)
+    return query, *packed.chunk(2, dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "heads", "chosen"),
+    [
+        ((2, 2, 3, 63, 80), 77, 2, [3, 4]),
+        ((2, 1, 1, 1, 16), 1, 1, [0]),
+        ((2, 2, 1, 530, 48), 9, 3, [8]),
+    ],
+)
+@pytest.mark.parametrize("graphic", [None, "shared", "own"])
+def test_align(
+    ops: Ops,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    length: int,
+    heads: int,
+    chosen: list[int],
+    graphic: str | None,
+) -> None:
+    query, key, value = alignment(dtype, shape, length)
+    _, _, pairs, positions, _ = shape
+    mean_key = key[:, chosen].mean(1)
+    tokens = torch.zeros(length, dtype=dtype)
+    tokens[chosen] = 1
+    scale = torch.tensor([0.7]).to(dtype)
+    where = {None: (), "shared": (positions,), "own": (pairs, positions)}[graphic]
+    drawn = draw(*where, dtype=dtype, seed=3).sigmoid() if where else None
+    given = (mean_key, tokens, scale, drawn, 2.5)
+    wide = None if drawn is None else drawn.double()
+    # the mean key is an argument of its own, rounded as it is
+    exact = reference.align(
+        *(x.double() for x in (query, key, value)), heads,
+        *(x.double() for x in given[:3]), wide, 2.5,
+    )  # fmt: skip
+    eager = aligned(query, key, value, heads, chosen, float(scale), drawn, 2.5)
+    actual = ops.align(query, key, value, heads, *given)
+    assert actual.is_contiguous()
+    assert_within_budget("align", actual, eager, exact)
+
+
+@pytest.mark.parametrize("graphic", [True, False])
+def test_the_reference_of_align_is_the_formula(graphic: bool) -> None:
+    query, key, value = alignment(torch.float64, (2, 2, 3, 63, 80), 77)
+    chosen, scale = [3, 4, 70], torch.tensor([0.7], dtype=torch.float64)
+    tokens = torch.zeros(77, dtype=torch.float64)
+    tokens[chosen] = 1
+    drawn = draw(3, 63, dtype=torch.float64).sigmoid() if graphic else None
+    actual = reference.align(
+        query, key, value, 2, key[:, chosen].mean(1), tokens, scale, drawn, 2.5
+    )
+    written = aligned(query, key, value, 2, chosen, 0.7, drawn, 2.5)
+    torch.testing.assert_close(actual, written, rtol=0, atol=1e-13)
+
+
+def test_align_by_nothing_is_attention(ops: Ops, dtype: torch.dtype) -> None:
+    query, key, value = alignment(dtype, (2, 2, 3, 63, 80), 77)
+    tokens = draw(77, dtype=dtype).sign().clamp_min(0)
+    off = torch.zeros(1, dtype=dtype)
+    merged = query.view(4, -1, 80)
+    exact = reference.attention(merged.double(), key.double(), value.double(), 2)
+    eager = reference.attention(merged, key, value, 2)
+    actual = ops.align(query, key, value, 2, key[:, 0].contiguous(), tokens, off)
+    assert_within_budget("align", actual.view(4, -1, 80), eager, exact)
+
+
+def test_a_flat_map_draws_nothing(ops: Ops, dtype: torch.dtype) -> None:
+    """All positions alike: what sums differ by is rounding, and is not blown up to a deviation."""
+    query, key, value = alignment(dtype, (2, 1, 1, 1, 80), 7)
+    query = 30 * query.expand(2, 1, 1, 63, 80).contiguous()
+    tokens = torch.ones(7, dtype=dtype).cumsum(0).eq(2).to(dtype)
+    scale = torch.full((1,), 100.0, dtype=dtype)
+    given = (key[:, 1].contiguous(), tokens)
+    off = ops.align(query, key, value, 2, *given, 0 * scale)
+    assert torch.equal(ops.align(query, key, value, 2, *given, scale), off)
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+def test_merge(ops: Ops, dtype: torch.dtype, rows: int, channels: int) -> None:
+    x, residual = (draw(2, rows, channels, dtype=dtype, seed=s) for s in (0, 7))
+    weight = draw(2, channels, channels, dtype=dtype, seed=1) / channels**0.5
+
+    def plain(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        normed = F.layer_norm(x, (channels,), eps=reference.INTERACTION_EPS)
+        moved = [(normed[1 - f] - normed[f]) @ weight[f].mT for f in range(2)]
+        return residual + x + torch.stack(moved)
+
+    exact = plain(x.double(), weight.double(), residual.double())
+    eager = plain(x, weight, residual)
+    before = x.clone(), residual.clone()
+    for name, given in (("merge", x), ("strided", strided(x))):
+        actual = ops.merge(given, weight, residual)
+        assert_within_budget(name, actual, eager, exact, terms=channels)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+    nothing = ops.merge(x, torch.zeros_like(weight), residual)
+    assert torch.equal(nothing, (x.float() + residual.float()).to(dtype))
 
 
 @pytest.mark.parametrize(("rows", "channels"), SHAPES)

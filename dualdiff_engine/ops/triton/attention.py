@@ -146,13 +146,13 @@ def _attend(
 
 # all integers: ALIGNED says what matters of them, so that no size asks for another compilation.
 # strides are scalars here and tuples inside: Triton specialises what is in a tuple all the same
-@triton.jit(do_not_specialize=range(6, 20))
+@triton.jit(do_not_specialize=range(6, 21))
 def _attention_kernel(
     query_ptr,  # [N, S, H·D]
-    key_ptr,  # [N, L, H·D]
-    value_ptr,  # [N, L, H·D]
-    more_key_ptr,  # [N, L', H·D]
-    more_value_ptr,  # [N, L', H·D]
+    key_ptr,  # [N', L, H·D]
+    value_ptr,  # [N', L, H·D]
+    more_key_ptr,  # [N', L', H·D]
+    more_value_ptr,  # [N', L', H·D]
     out_ptr,  # [N, S, H·D], contiguous
     # in elements, along N and along S, L or L'
     stride_query_n, stride_query_s,
@@ -164,6 +164,7 @@ def _attention_kernel(
     positions,
     length,
     more_length,
+    source_rows,
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -173,8 +174,11 @@ def _attention_kernel(
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     JOINED: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head; S positions, L length, L' more_length, H num_heads, D = DIM.
+
+    If SHARED, row n of the queries reads row n % N' of the keys, N' = source_rows; else N' = N.
 
     Grid (query blocks · heads, N), heads fastest: a head's columns of a row are 80 bytes at D = 40
     and neighbours share sectors of memory, so all heads of a block are read and written close in
@@ -196,9 +200,10 @@ def _attention_kernel(
     accumulators = (zeros_0, _zeros(BLOCK_M, SECOND)) if SECOND is not None else (zeros_0,)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    source_row = (tl.program_id(1) % source_rows).to(tl.int64) if SHARED else row
     source = (
-        key_ptr + (row * stride_key_n + column),
-        value_ptr + (row * stride_value_n + column),
+        key_ptr + (source_row * stride_key_n + column),
+        value_ptr + (source_row * stride_value_n + column),
     )
     state = _attend(
         (accumulators, running_max, running_sum), queries,
@@ -207,8 +212,8 @@ def _attention_kernel(
     )  # fmt: skip
     if JOINED:
         source = (
-            more_key_ptr + (row * stride_more_key_n + column),
-            more_value_ptr + (row * stride_more_value_n + column),
+            more_key_ptr + (source_row * stride_more_key_n + column),
+            more_value_ptr + (source_row * stride_more_value_n + column),
         )
         state = _attend(
             state, queries,
@@ -298,16 +303,21 @@ def _aligned(dim: int, *tensors: Tensor) -> bool:
     )
 
 
-def _constants(dim: int, config: Config, lengths: list[int], aligned: bool) -> dict[str, Any]:
+def _constants(
+    dim: int, config: Config, lengths: list[int], *, aligned: bool, shared: bool
+) -> dict[str, Any]:
     """The kernel's compile-time arguments, without blocks; lengths of one or two sources."""
     first, second = split(dim)
+    # without masks the compiler unrolls both loops of wide heads into more registers than there are
+    even = all(length % config.blocks["BLOCK_N"] == 0 for length in lengths)
     return {
         "FIRST": (0, first),
         "SECOND": (first, second) if second else None,
         "DIM": dim,
         "ALIGNED": aligned,
-        "EVEN": all(length % config.blocks["BLOCK_N"] == 0 for length in lengths),
+        "EVEN": even and (len(lengths) == 1 or dim <= 80),
         "JOINED": len(lengths) == 2,
+        "SHARED": shared,
     }
 
 
@@ -322,9 +332,9 @@ def attention(
 ) -> Tensor:
     """softmax(q [k, k']ᵀ / sqrt(D)) [v, v'] per head, no mask, in one pass.
 
-    query [N, S, C], key and value [N, L, C], more_key and more_value [N, L', C] or neither, of one
-    dtype, D = C / num_heads <= 256 -> [N, S, C] contiguous. Columns are adjacent; rows and batch
-    have any strides, 0 where all of them share a source. Scores, softmax and sums in fp32; weights
+    query [N, S, C], key and value [N', L, C], more_key and more_value [N', L', C] or neither, N'
+    dividing N, of one dtype, D = C / num_heads <= 256 -> [N, S, C] contiguous. Columns are
+    adjacent; rows and batch have any strides. Scores, softmax and sums in fp32; weights
     are rounded to the dtype before they meet the values. Raises ValueError on other inputs.
     """
     contracts.attention(query, key, value, num_heads, more_key, more_value)
@@ -344,12 +354,14 @@ def attention(
     out = query.new_empty(query.shape)
     # without a second source the first stands in its place, unread
     inputs = (query, *sources[0], *sources[-1])
-    constants = _constants(dim, config, lengths, _aligned(dim, *inputs, out))
+    constants = _constants(
+        dim, config, lengths, aligned=_aligned(dim, *inputs, out), shared=key.shape[0] != rows
+    )
     blocks = triton.cdiv(positions, config.blocks["BLOCK_M"])
     _attention_kernel[blocks * num_heads, rows](
         *inputs, out,
         *(step for x in inputs for step in x.stride()[:2]),
-        num_heads, positions, lengths[0], lengths[-1], LOG2_E / math.sqrt(dim),
+        num_heads, positions, lengths[0], lengths[-1], key.shape[0], LOG2_E / math.sqrt(dim),
         **constants, **config.arguments,
     )  # fmt: skip
     return out
@@ -363,8 +375,9 @@ def _(query: Tensor, *_: object) -> Tensor:
 flops.register("attention", "attention")
 
 
-# lengths of one or two sources; an odd second one asks for most registers
-SOURCES = {"self": [4096], "text": [77], "joined": [4096, 4095]}
+# lengths of one or two sources; an odd second one asks for most registers; `connect` is shared by
+# the branches
+SOURCES = {"self": [4096], "text": [77], "joined": [4096, 4095], "connect": [4096, 4096]}
 
 
 def compilations(every_candidate: bool = False) -> list[Compilation]:
@@ -380,7 +393,9 @@ def compilations(every_candidate: bool = False) -> list[Compilation]:
         listed += [
             listing.compilation(
                 "attention", f"D={dim} {name}", _attention_kernel, dtype, config,
-                _constants(dim, config, SOURCES[name], aligned=True),
+                _constants(
+                    dim, config, SOURCES[name], aligned=True, shared=name == "connect"
+                ),
             )
             for config in choices
         ]  # fmt: skip

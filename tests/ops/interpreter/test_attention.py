@@ -97,6 +97,21 @@ def test_a_source_that_all_rows_share(dtype: torch.dtype) -> None:
     check("shared", 1, q, own, (key, value))
 
 
+@pytest.mark.parametrize(("groups", "rows", "positions"), [(2, 2, 70), (3, 1, 1)])
+def test_rows_share_a_source(dtype: torch.dtype, groups: int, rows: int, positions: int) -> None:
+    """Both branches' queries over the keys of both, which stay where they are."""
+    q, k, v = draw(2 * rows, positions, 240, dtype=dtype).chunk(3, dim=-1)
+    q = q.repeat(groups, 1, 1)[: groups * rows]
+    whole = [torch.cat(x.chunk(2), 1).repeat(groups, 1, 1) for x in (k, v)]
+    actual = attention(q, k[:rows], v[:rows], 2, k[rows:], v[rows:])
+    expected = plain(q, *whole, 2)
+    exact = plain(*(x.double() for x in (q, *whole)), 2)
+    assert_within_budget("shared", actual, expected, exact)
+    # one source alone
+    alone = [x[:rows].repeat(groups, 1, 1) for x in (k, v)]
+    assert torch.equal(attention(q, k[:rows], v[:rows], 2), attention(q, *alone, 2))
+
+
 def test_rows_beyond_32_bits() -> None:
     q, (k, v) = draw(3, 5, 40, dtype=torch.bfloat16), pair(3, 7, 40, dtype=torch.bfloat16)
     # 4 GiB of addresses, of which a few pages are touched; the stride itself fits in 32 bits
