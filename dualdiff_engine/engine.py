@@ -250,7 +250,7 @@ class Engine:
         Raises SettingsError while pairs are drawn.
         """
         with self._busy.held():
-            self._load(folded.sites)
+            self._take(folded)
             self._residents[name] = folded
             self._activate(name)
 
@@ -260,7 +260,7 @@ class Engine:
             known = ", ".join(self._residents) or "none"
             raise SettingsError(f"no adapter {name!r} is loaded (loaded: {known})")
         with self._busy.held():
-            self._load(self._residents[name].sites)
+            self._take(self._residents[name])
             self._activate(name)
 
     def unload_adapter(self, name: str) -> None:
@@ -510,6 +510,7 @@ class Engine:
             scheduler=type(self.base.scheduler).__name__,
             adapter=name,
             trained_background=summary.background,
+            coupling=summary.coupling,
             window=summary.window,
             held_guidance=summary.held_guidance,
             prompts=resident.prompts,
@@ -561,18 +562,20 @@ class Engine:
         timestep: float,
         context: Tensor,
         background_latents: Tensor | None = None,
+        placeholder: Tensor | None = None,
     ) -> Tensor:
         """One denoiser call.
 
         latents [2 branches, R or 1, B, 4, h, w]; context [2, R, L, X]; background_latents
-        [R, 4, h, w], already noised to the timestep -> noise [2, R, B, 4, h, w] in the engine's
+        [R, 4, h, w], already noised to the timestep; placeholder [2, R, L] as of
+        `TextEncoder.places`, for couplings that align -> noise [2, R, B, 4, h, w] in the engine's
         dtype.
         """
         self._require_adapter()
         shares, run = None, self.denoiser
         with numerics(self.device, self.tf32):
             time = run.time_inputs(torch.tensor([float(timestep)], device=self.device))[0]
-            text = run.text_inputs(context.to(self.device, self.dtype))
+            text = run.text_inputs(context.to(self.device, self.dtype), placeholder)
             if background_latents is not None:
                 shares = run.background_shares(background_latents.to(self.device), time, text)
             return run(latents.to(self.device), time, text, shares)
@@ -585,6 +588,11 @@ class Engine:
         if name is not None and self._places:
             kind = "background" if self._residents[name].summary.background else "plain"
             binding.rebind(self.unet, self.ops, self._places[kind])
+
+    def _take(self, resident: Resident) -> None:
+        """Couple the branches as an adapter does, and load its tensors."""
+        self.denoiser.couple(resident.summary.coupling)
+        self._load(resident.sites)
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         try:

@@ -30,9 +30,10 @@ LAYERS: dict[str, set[str]] = {
     "pictures": {"errors"},
     "pair": {"errors", "settings"},
     "folder_writer": {"errors", "files", "pair", "pictures"},
-    "adapters": {"errors", "files", "settings"},
+    "adapters": {"errors", "exchanges", "files", "model", "settings"},
     "ops": {"errors", "files", "device"},
-    "model": {"errors", "ops"},
+    "exchanges": {"ops"},
+    "model": {"errors", "exchanges", "ops"},
     "base_model": {"errors", "files", "model"},
     "pipeline": {
         *("adapters", "device", "errors", "files", "model", "ops", "pair", "pictures", "settings"),
@@ -42,8 +43,8 @@ LAYERS: dict[str, set[str]] = {
         *("pipeline", "settings"),
     },
     "training": {
-        *("adapters", "base_model", "device", "engine", "errors", "files", "folder_writer", "pair"),
-        *("pictures", "pipeline", "settings"),
+        *("adapters", "base_model", "device", "engine", "errors", "exchanges", "files"),
+        *("folder_writer", "model", "ops", "pair", "pictures", "pipeline", "settings"),
     },
     "demo": {
         *("adapters", "engine", "errors", "files", "pair", "settings", "training"),

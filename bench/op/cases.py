@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dualdiff_engine.adapters.fold import fold_interaction
 from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.bench.step.case import MODELS, TEXT_TOKENS, network_config
+from dualdiff_engine.exchanges.interaction import fold_interaction
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops import NAMES, Ops, proof, reference
 

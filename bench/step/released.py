@@ -77,7 +77,7 @@ class ReleasedSite:
 
     def _interact(self, out: Tensor) -> Tensor:
         """[rows, 2, S, C]: softmax over the branches at every position, one head of width C."""
-        part = self.site.interaction
+        part = self.site.parts
         tokens = out.transpose(1, 2)
         channels = tokens.shape[-1]
         norm = part["norm"]

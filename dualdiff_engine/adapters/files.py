@@ -31,10 +31,11 @@ from torch import Tensor
 from dualdiff_engine.adapters.distilled import Distilled
 from dualdiff_engine.errors import AdapterError
 from dualdiff_engine.files import sha256_of, written_whole
+from dualdiff_engine.model.coupling import Coupling
 
 STEM = "pytorch_lora_weights"
-# of a file's metadata; a distilled adapter's window is in the second
-WINDOW, DISTILLED = "dualdiff_window", "dualdiff_distilled"
+# of a file's metadata; the window of a distilled or coupled adapter is in its own entry
+WINDOW, DISTILLED, COUPLING = "dualdiff_window", "dualdiff_distilled", "coupling"
 
 # an SD-1.5 adapter with background and rank 128 is 0.75 GB in fp32; four times that is too much
 MAX_FILE_BYTES = 3 << 30
@@ -145,28 +146,36 @@ class Origin:
     """How a file's adapter was trained, as far as the file says.
 
     window: the ratio of the windows that it was trained on (`dualdiff train --window`). distilled:
-    the guidance that it holds.
+    the guidance that it holds. coupling: of the branches; None: DualAnoDiff's.
     """
 
     window: float | None = None
     distilled: Distilled | None = None
+    coupling: Coupling | None = None
 
     def metadata(self) -> dict[str, str]:
         """One entry: safetensors writes several in any order, and equal runs give equal files."""
         if self.distilled is not None:
             row = {**asdict(self.distilled), "window": self.window}
             return {DISTILLED: json.dumps(row, sort_keys=True)}
+        if self.coupling is not None:
+            row = {**self.coupling.record(), "window": self.window}
+            return {COUPLING: json.dumps(row, sort_keys=True)}
         return {"format": "pt"} if self.window is None else {WINDOW: str(self.window)}
 
 
 def origin(path: Path) -> Origin:
-    """Raises AdapterError for a file that says that it holds guidance, but not which."""
+    """Raises AdapterError for a file that says that it holds guidance, but not which, and for a
+    coupling that is not known.
+    """
     if path.suffix != ".safetensors":
         return Origin()
     with _readable(path):
         metadata = _header(path)[0].get("__metadata__")
     if not isinstance(metadata, dict):
         return Origin()
+    if COUPLING in metadata:
+        return _coupled(path, metadata[COUPLING])
     if DISTILLED not in metadata:
         return Origin(_window(metadata.get(WINDOW)))
     try:
@@ -177,6 +186,18 @@ def origin(path: Path) -> Origin:
         raise AdapterError(
             f"{path.name!r} says that it holds guidance, but not which ({error}): copy it again, "
             "or use its teacher"
+        ) from error
+
+
+def _coupled(path: Path, text: object) -> Origin:
+    try:
+        row = json.loads(text) if isinstance(text, str) else {}
+        coupling = Coupling.of(row)
+        return Origin(_window(row.get("window")), coupling=coupling)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{path.name!r} names a coupling that is not known here ({error}): copy it again, or "
+            "use a newer release"
         ) from error
 
 

@@ -6,7 +6,6 @@ are diffusers' and the released adapter's, on the right those of `dualdiff_engin
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from torch import Tensor
 from dualdiff_engine.adapters.format import (
     PROJECTIONS,
     AdapterSummary,
-    Affine,
     BackgroundBlend,
     LowRank,
     SiteAdapter,
 )
 from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.exchanges import KINDS
 from dualdiff_engine.settings import Prompts
 
 Tensors = Mapping[str, Tensor]
@@ -166,6 +165,8 @@ def fold_text_site(base: Tensors, site: SiteAdapter | None) -> dict[str, Tensor]
     """A text-attention site in fp64; base: its q, k, v, out, bias. Keys and values packed."""
     merged = _merge_lora(base, site)
     folded = {"q_weight": merged["q"], "kv_weight": torch.cat([merged["k"], merged["v"]], dim=1)}
+    if site is not None and site.scale is not None:
+        folded["align_scale"] = site.scale.to(base["q"])
     return folded | _fold_output(base, merged, site)
 
 
@@ -186,35 +187,8 @@ def _merge_lora(base: Tensors, site: SiteAdapter | None) -> dict[str, Tensor]:
 
 
 def _fold_output(base: Tensors, merged: Tensors, site: SiteAdapter | None) -> dict[str, Tensor]:
-    interaction = fold_interaction(site.interaction, base["q"]) if site is not None else {}
-    return {"out_weight": merged["out"], "out_bias": base["bias"], **interaction}
-
-
-def fold_interaction(parts: Mapping[str, Affine], like: Tensor) -> dict[str, Tensor]:
-    """Ten products per position pair -> three (proof in the docstring of `ops.reference.exchange`).
-
-    With g, b the affine part of the LayerNorm and W_i n + b_i what q, k, v read:
-    M = diag(g) (W_q W_i)^T (W_k W_i) diag(g) / sqrt(C), m = diag(g) (W_k W_i)^T q_0 / sqrt(C),
-    V = W_x W_v W_i diag(g), v = W_x v_0 + b_x, where q_0 and v_0 are the query and the value of the
-    LayerNorm's bias. What both keys share cancels in a softmax over two.
-    """
-    part = {
-        name: Affine(affine.weight.to(like), affine.bias.to(like)) for name, affine in parts.items()
-    }
-    norm, entry = part["norm"], part["input"]
-    constant = entry.weight @ norm.bias + entry.bias
-    query = part["query"].weight @ entry.weight * norm.weight
-    key = part["key"].weight @ entry.weight * norm.weight
-    value = part["output"].weight @ part["value"].weight
-    query_constant = part["query"].weight @ constant + part["query"].bias
-    value_constant = part["value"].weight @ constant + part["value"].bias
-    scale = 1 / math.sqrt(norm.weight.shape[0])
-    return {
-        "gate_weight": scale * (query.T @ key),
-        "gate_bias": scale * (key.T @ query_constant),
-        "value_weight": value @ entry.weight * norm.weight,
-        "value_bias": part["output"].weight @ value_constant + part["output"].bias,
-    }
+    exchange = KINDS[site.exchange].fold(site.parts, base["q"]) if site is not None else {}
+    return {"out_weight": merged["out"], "out_bias": base["bias"], **exchange}
 
 
 def fold_background(blend: BackgroundBlend, key: Tensor, value: Tensor) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ from torch import Tensor
 from dualdiff_engine.adapters import files
 from dualdiff_engine.adapters.distilled import Distilled
 from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.exchanges import INTERACTION, KINDS, Affine
+from dualdiff_engine.model.coupling import ALIGN, Block, Coupling, blocks_of
 from dualdiff_engine.settings import BRANCHES
 
 PROJECTIONS = ("q", "k", "v", "out")
-
-# the released names of the interaction's parts, and ours
-_INTERACTION = {"n": "norm", "i": "input", "q": "query", "k": "key", "v": "value", "o": "output"}
 
 _SITE_KEY = re.compile(
     r"unet\.(?P<site>.+\.attn[12])\.processor\.(?P<chained>chained_proc\.)?(?P<part>.+)"
 )
 _LORA_PART = re.compile(r"to_(q|k|v|out)_lora\.([01])\.(down|up)\.weight")
-_INTERACTION_PART = re.compile(r"temporal_([niqkvo])\.(weight|bias)")
+# how far the scores of the placeholder's tokens move with the other branch's, at text sites
+_SCALE = "align.scale"
 _MLP_PART = re.compile(r"temporal_condition_mlp\.([01])\.(weight|bias)")
 _TEXT_KEY = re.compile(
     r"text_encoder\.(?P<layer>.+\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight"
@@ -71,14 +71,6 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Affine:
-    """y = W x + b: weight [out, in], bias [out]; for a norm both are [C]."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-@dataclass(frozen=True)
 class BackgroundBlend:
     """ctx = (1 - amount) h + amount (expand (reduce h_bg)), both affine."""
 
@@ -91,16 +83,19 @@ class BackgroundBlend:
 class SiteAdapter:
     """What an adapter holds for one attention site.
 
-    lora[branch][projection]; interaction by part: norm, input, query, key, value, output.
+    lora[branch][projection]; parts of its kind of exchange, as that kind reads them; scale [1] of
+    a text site that aligns.
     """
 
     lora: tuple[Mapping[str, LowRank], Mapping[str, LowRank]]
-    interaction: Mapping[str, Affine]
+    parts: Mapping[str, Any]
     background: BackgroundBlend | None
+    exchange: str = INTERACTION
+    scale: Tensor | None = None
 
     @property
     def channels(self) -> int:
-        return self.interaction["norm"].weight.shape[0]
+        return self.lora[0]["q"].up.shape[0]
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,7 @@ class Adapter:
 
     window: the ratio of the windows that it was trained on; None: whole pictures, or not known.
     distilled: the guidance that it holds; None: an adapter that needs unconditional rows for it.
+    coupling: of its branches; None: DualAnoDiff's.
     """
 
     sites: Mapping[str, SiteAdapter]
@@ -119,6 +115,7 @@ class Adapter:
     source: str = ""
     window: float | None = None
     distilled: Distilled | None = None
+    coupling: Coupling | None = None
 
     @property
     def has_background(self) -> bool:
@@ -140,8 +137,14 @@ def load(source: str | Path, *, allow_pickle: bool = False) -> Adapter:
             complete DualAnoDiff adapter; the message names the tensor.
     """
     path = files.find(source, allow_pickle=allow_pickle)
-    loaded = parse(files.read(path), source=str(path), sha256=files.sha256(path))
-    made = files.origin(path)
+    tensors = files.read(path)
+    return _parsed(tensors, files.origin(path), str(path), files.sha256(path))
+
+
+def _parsed(
+    tensors: Mapping[str, Tensor], made: files.Origin, source: str, sha256: str = ""
+) -> Adapter:
+    loaded = parse(tensors, made.coupling, source=source, sha256=sha256)
     return replace(loaded, window=made.window, distilled=made.distilled)
 
 
@@ -173,14 +176,22 @@ def convert(source: str | Path, target: str | Path) -> Adapter:
         raise AdapterError(f"{str(target)!r} must end in .safetensors")
     path = files.find(source, allow_pickle=True)
     tensors, made = files.read(path), files.origin(path)
-    parse(tensors, source=str(path))
+    _parsed(tensors, made, str(path))
     files.write(target, tensors, made)
-    loaded = parse(tensors, source=str(target), sha256=files.sha256(target))
-    return replace(loaded, window=made.window, distilled=made.distilled)
+    return _parsed(tensors, made, str(target), files.sha256(target))
 
 
-def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") -> Adapter:
-    """Names -> structure; every site complete, every shape consistent. Raises AdapterError."""
+def parse(
+    tensors: Mapping[str, Tensor],
+    coupling: Coupling | None = None,
+    *,
+    source: str = "",
+    sha256: str = "",
+) -> Adapter:
+    """Names -> structure; every site complete, every shape consistent. Raises AdapterError.
+
+    coupling: that the file names; None: DualAnoDiff's.
+    """
     tensors, given = _unwrapped(tensors)
     site_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     chained: set[str] = set()
@@ -205,8 +216,14 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         )
     background = any("temporal_a" in parts for parts in site_parts.values())
     _check_chained(chained, background)
+    coupled = _coupled(site_parts, coupling)
     sites = {
-        site: _site(site, _Parts(_prefix(site, site in chained), site_parts[site]), background)
+        site: _site(
+            site,
+            _Parts(_prefix(site, site in chained), site_parts[site]),
+            background,
+            coupled[site.rpartition(".")[0]],
+        )
         for site in sorted(site_parts)
     }
     text = {
@@ -221,7 +238,20 @@ def parse(tensors: Mapping[str, Tensor], *, source: str = "", sha256: str = "") 
         parameters=sum(t.numel() for t in tensors.values()),
         sha256=sha256,
         source=source,
+        coupling=coupling,
     )
+
+
+def _coupled(sites: Iterable[str], coupling: Coupling | None) -> dict[str, Block]:
+    """Transformer block -> how it is coupled. Raises AdapterError for another number of them."""
+    blocks = blocks_of(sites)
+    chosen = coupling or Coupling.released(len(blocks))
+    if len(chosen.blocks) != len(blocks):
+        raise AdapterError(
+            f"the coupling is of {len(chosen.blocks)} blocks, the file has tensors of "
+            f"{len(blocks)}: {_INCOMPLETE}"
+        )
+    return dict(zip(blocks, chosen.blocks, strict=True))
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -256,8 +286,10 @@ def named(adapter: Adapter) -> dict[str, Tensor]:
         for branch, lora in enumerate(site.lora):
             for part, pair in lora.items():
                 low_rank(f"{prefix}.to_{part}_lora.{branch}", pair)
-        for theirs, ours in _INTERACTION.items():
-            affine(f"{prefix}.temporal_{theirs}", site.interaction[ours])
+        for part, tensor in KINDS[site.exchange].named(site.parts).items():
+            tensors[f"{prefix}.{part}"] = tensor
+        if site.scale is not None:
+            tensors[f"{prefix}.{_SCALE}"] = site.scale
         if site.background is not None:
             affine(f"{prefix}.temporal_condition_mlp.0", site.background.reduce)
             affine(f"{prefix}.temporal_condition_mlp.1", site.background.expand)
@@ -269,8 +301,8 @@ def named(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _known_part(part: str) -> bool:
-    patterns = (_LORA_PART, _INTERACTION_PART, _MLP_PART)
-    return part == "temporal_a" or any(p.fullmatch(part) for p in patterns)
+    patterns = (_LORA_PART, _MLP_PART, *(kind.pattern for kind in KINDS.values()))
+    return part in ("temporal_a", _SCALE) or any(p.fullmatch(part) for p in patterns)
 
 
 def _prefix(site: str, chained: bool) -> str:
@@ -332,9 +364,12 @@ class _Parts:
         return LowRank(down, self.take(f"{name}.up.weight", out, down.shape[0]))
 
 
-def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
-    channels = parts.take("temporal_n.weight", None).shape[0]
+def _site(name: str, parts: _Parts, background: bool, block: Block) -> SiteAdapter:
     is_self = name.endswith("attn1")
+    exchange = block.exchange if is_self else block.text_exchange
+    aligns = not is_self and block.text == ALIGN
+    _check_kind(parts, exchange, aligns)
+    channels = KINDS[exchange].channels(parts)
     context = channels if is_self else None
     inner = {"q": channels, "k": context, "v": context, "out": channels}
     lora = tuple(
@@ -347,10 +382,8 @@ def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
             f"{parts.prefix}: k and v have different input widths {sorted(widths)}: the file is "
             "damaged; use an intact copy"
         )
-    interaction = {
-        ours: parts.affine(f"temporal_{theirs}", *([channels] * (1 if theirs == "n" else 2)))
-        for theirs, ours in _INTERACTION.items()
-    }
+    held = KINDS[exchange].read(parts, channels)
+    scale = parts.take(_SCALE, 1) if aligns else None
     blend = None
     blend_parts = [p for p in parts.tensors if p == "temporal_a" or _MLP_PART.fullmatch(p)]
     if background and (is_self or blend_parts):
@@ -367,7 +400,20 @@ def _site(name: str, parts: _Parts, background: bool) -> SiteAdapter:
             f"{parts.prefix}.{blend_parts[0]} is a background tensor, but the file has no "
             f"temporal_a: {_INCOMPLETE}"
         )
-    return SiteAdapter((lora[0], lora[1]), interaction, blend)
+    return SiteAdapter((lora[0], lora[1]), held, blend, exchange, scale)
+
+
+def _check_kind(parts: _Parts, exchange: str, aligns: bool) -> None:
+    """Refuse tensors of another coupling than the one that the file names."""
+    for part in sorted(parts.tensors):
+        others = (n for n, kind in KINDS.items() if n != exchange and kind.pattern.fullmatch(part))
+        other = "align" if part == _SCALE and not aligns else next(others, None)
+        if other is not None:
+            raise AdapterError(
+                f"{parts.prefix}.{part} is of {other!r}, but the file couples this site by "
+                f"{exchange!r}{' and align' if aligns else ''}: its `coupling` is lost or of "
+                "another file; use an intact copy"
+            )
 
 
 def _text_layer(parts: _Parts) -> Mapping[str, LowRank]:
@@ -433,12 +479,12 @@ def check_fits(
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What is known of an adapter without its tensors; JSON-ready through `asdict`.
+    """What is known of an adapter without its tensors; JSON-ready through `record`.
 
     file: its path. rank: of all LoRA. sites: how many. background: whether it needs one. blend: the
     learnt share of the background per site. text_encoder_layers: how many carry LoRA.
     context_width: of the prompts that it reads. base: the family of base models that it fits.
-    window, distilled: as in `Adapter`.
+    window, distilled, coupling: as in `Adapter`.
     """
 
     file: str
@@ -454,6 +500,7 @@ class AdapterSummary:
     base: str
     window: float | None = None
     distilled: Distilled | None = None
+    coupling: Coupling | None = None
 
     @property
     def held_guidance(self) -> float | None:
@@ -467,7 +514,14 @@ class AdapterSummary:
             raise TypeError(f"a summary is a mapping, not {type(values).__name__}")
         distilled = values.get("distilled")
         held = None if distilled is None else Distilled.of(distilled)
-        return cls(**{**values, "distilled": held})
+        coupling = values.get("coupling")
+        coupled = None if coupling is None else Coupling.of(coupling)
+        return cls(**{**values, "distilled": held, "coupling": coupled})
+
+    def record(self) -> dict[str, Any]:
+        """JSON-ready; `of` is the inverse."""
+        coupling = None if self.coupling is None else self.coupling.record()
+        return {**asdict(self), "coupling": coupling}
 
 
 def summary(adapter: Adapter) -> AdapterSummary:
@@ -491,4 +545,5 @@ def summary(adapter: Adapter) -> AdapterSummary:
         base=", ".join(families.get(w, f"a model with text width {w}") for w in widths),
         window=adapter.window,
         distilled=adapter.distilled,
+        coupling=adapter.coupling,
     )

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -440,7 +440,7 @@ def inspect(
     loaded = adapters.load(adapter, allow_pickle=allow_pickle)
     if base is not None:
         adapters.check_fits(loaded, *_shapes(base))
-    summary: dict[str, Any] = {**asdict(adapters.summary(loaded)), "fits": base}
+    summary: dict[str, Any] = {**adapters.summary(loaded).record(), "fits": base}
     summary["presets"] = verdicts.read(summary["file"], summary["sha256"])
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
@@ -452,6 +452,7 @@ def inspect(
     summary["background"] = "needed; learnt blend weight per site:" if blend else "none"
     summary["window"] = summary["window"] or "none: whole pictures, or not recorded"
     summary["distilled"] = str(loaded.distilled or "no: guidance needs unconditional rows")
+    summary["coupling"] = str(loaded.coupling or "DualAnoDiff's")
     summary["fits"] = base or "not checked: pass --base"
     for name in settings.MEASURED[loaded.distilled is not None]:
         summary[f"preset {name}"] = verdicts.line(presets.get(name))

@@ -20,6 +20,24 @@ Defect = Annotated[
     str | None, typer.Option(help="Name of the defect's folder in test/ and ground_truth/.")
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write. An existing run in it is resumed.")]
+System = Annotated[
+    Literal["dualanodiff", "dh-diff"],
+    typer.Option(
+        help="How the branches are coupled. dh-diff: our definition of the pattern of Double Helix "
+        "Diffusion, whose authors published no equations."
+    ),
+]
+Annotation = Annotated[
+    Literal["anomaly", "mask"],
+    typer.Option(help="What the second branch draws: the anomaly on black, or its mask."),
+]
+Cycle = Annotated[
+    str | None,
+    typer.Option(
+        help="Couple block after block otherwise: attention/exchange/text/exchange,… such as "
+        "connect/none/align/none,separate/merge/plain/merge."
+    ),
+]
 Pictures = Annotated[
     int | None, typer.Option(help="Use only the first N pictures, sorted by name (default: all).")
 ]
@@ -74,7 +92,7 @@ TrajectoryCalls = Annotated[int, typer.Option(help="Its denoiser calls on each o
 # what a distilled adapter has from its teacher, and what only pictures need
 _NOT_DISTILLED = (
     *("rank", "blend_width", "background", "text_encoder", "window", "pictures", "latents"),
-    "prompt_dropout",
+    *("prompt_dropout", "system", "annotation", "cycle"),
 )
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
@@ -89,6 +107,9 @@ def train(
     source: From = None,
     trajectories: Trajectories = 64,
     trajectory_calls: TrajectoryCalls = 25,
+    system: System = "dualanodiff",
+    annotation: Annotation = "anomaly",
+    cycle: Cycle = None,
     pictures: Pictures = None,
     background: Background = False,
     text_encoder: TextEncoder = False,

@@ -13,6 +13,7 @@ from dualdiff_engine.model import doubling
 from dualdiff_engine.model.attention_site import SelfSite, TextSite
 from dualdiff_engine.model.call import Call
 from dualdiff_engine.model.config import UNetConfig
+from dualdiff_engine.model.coupling import ALIGN, CONNECT, Block
 from dualdiff_engine.ops import Ops
 
 # fixed in the transformer of SD-1.x and SD-2.x, not in their configs
@@ -131,6 +132,14 @@ class TransformerBlock(nn.Module):
         self.ff_in = nn.Linear(channels, 8 * channels)
         self.ff_out = nn.Linear(4 * channels, channels)
         self.last = False
+
+    def couple(self, block: Block) -> None:
+        """Couple both sites."""
+        self.attn1.couple(block.exchange)
+        self.attn1.connects = block.attention == CONNECT
+        self.attn2.aligns = block.text == ALIGN
+        scale = {"align_scale": (1,)} if self.attn2.aligns else {}
+        self.attn2.couple(block.text_exchange, **scale)
 
     def forward(self, hidden: Tensor, call: Call) -> Tensor:
         """hidden [N, S, C] -> [N, S, C] with all guidance rows."""

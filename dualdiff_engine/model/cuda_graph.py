@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.errors import BackendError, SettingsError
+from dualdiff_engine.model.coupling import Coupling
 from dualdiff_engine.model.unet import DualUNet
 from dualdiff_engine.ops.proof import first_line
 
@@ -121,9 +122,16 @@ class GraphedDenoiser:
         """As `DualUNet.time_inputs`: once per run, nothing to capture."""
         return self.unet.time_inputs(timesteps)
 
-    def text_inputs(self, context: Tensor) -> list[Tensor]:
+    def text_inputs(self, context: Tensor, placeholder: Tensor | None = None) -> list[Tensor]:
         """As `DualUNet.text_inputs`: once per run, nothing to capture."""
-        return self.unet.text_inputs(context)
+        return self.unet.text_inputs(context, placeholder)
+
+    def couple(self, coupling: Coupling | None) -> None:
+        """As `DualUNet.couple`; what was captured of another coupling is dropped."""
+        if coupling != self.unet.coupling:
+            self._graphs.clear()
+            self._owns_adapter = False
+        self.unet.couple(coupling)
 
     def release(self) -> None:
         """Drop every graph and every weight."""

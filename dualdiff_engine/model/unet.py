@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dualdiff_engine.errors import BackendError
 from dualdiff_engine.model.blocks import (
     Convolution,
     Level,
@@ -20,6 +21,7 @@ from dualdiff_engine.model.blocks import (
 )
 from dualdiff_engine.model.call import Call
 from dualdiff_engine.model.config import UNetConfig
+from dualdiff_engine.model.coupling import Coupling
 from dualdiff_engine.ops import Ops
 
 
@@ -49,6 +51,8 @@ class DualUNet(nn.Module):
             # every resnet's time projection, stacked, with the bias of the conv it joins
             self.time_table = nn.Linear(config.time_width, sum(plan.time_widths))
         self.time_widths = plan.time_widths
+        self.coupling: Coupling | None = None
+        self.couple(None)
         self.transformer_blocks[-1].last = True
         self.eval().requires_grad_(False)
 
@@ -87,6 +91,23 @@ class DualUNet(nn.Module):
         """In order of execution: the position of each is its sites' index."""
         levels = [*self.down_levels, self.middle, *self.up_levels]
         return [block for x in levels for a in x.attentions for block in a.transformer_blocks]
+
+    def couple(self, coupling: Coupling | None) -> None:
+        """Couple the branches otherwise; None: as DualAnoDiff does. Sites lose what they lack.
+
+        What `load` brings next has the coupling's names. Raises BackendError for a coupling of
+        another number of blocks.
+        """
+        blocks = self.transformer_blocks
+        chosen = coupling or Coupling.released(len(blocks))
+        if len(chosen.blocks) != len(blocks):
+            raise BackendError(
+                f"the adapter couples {len(chosen.blocks)} blocks, the base model has "
+                f"{len(blocks)}: load the base that it was trained on"
+            )
+        for module, block in zip(blocks, chosen.blocks, strict=True):
+            module.couple(block)
+        self.coupling = coupling
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Point parameters and buffers at `tensors`; names not given keep what they have."""
@@ -127,9 +148,19 @@ class DualUNet(nn.Module):
         table = linear(hidden, self.time_table.weight, self.time_table.bias)
         return [row.split(self.time_widths) for row in table]
 
-    def text_inputs(self, context: Tensor) -> list[Tensor]:
-        """context [F, R, L, X] -> keys and values of every text site, [F, R, L, 2·C]."""
-        return [block.attn2.project(context) for block in self.transformer_blocks]
+    def text_inputs(self, context: Tensor, placeholder: Tensor | None = None) -> list[Tensor]:
+        """context [F, R, L, X] -> keys and values of every text site, [F, R, L, 2·C].
+
+        placeholder [F, R, L]: see `Denoiser.text_inputs`. With a coupling that aligns the last
+        tensor says which tokens it moves.
+        """
+        blocks = self.transformer_blocks
+        if self.coupling is None or not self.coupling.aligns or self.branches == 1:
+            return [block.attn2.project(context) for block in blocks]
+        if placeholder is None:
+            placeholder = torch.zeros(context.shape[:3], device=context.device)
+        context, placeholder, places = _placeholder_last(context, placeholder.to(context.device))
+        return [*(b.attn2.project(context, placeholder) for b in blocks), places]
 
     def background_shares(
         self, latents: Tensor, time_bias: Sequence[Tensor], text: Sequence[Tensor]
@@ -174,6 +205,17 @@ class DualUNet(nn.Module):
         for level in cast(list[Level], self.up_levels):
             x = level.up(x, skips, call)
         return self.conv_out(norm_silu(self.ops, self.norm_out, x)).contiguous()
+
+
+def _placeholder_last(context: Tensor, placeholder: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same tokens with the placeholder's last, in every prompt, and 1 for those places [L].
+
+    Attention does not depend on the order of its keys: so one list of places serves all prompts.
+    """
+    order = placeholder.argsort(dim=-1, stable=True)
+    moved = placeholder.gather(-1, order)
+    context = context.gather(-2, order.unsqueeze(-1).expand_as(context))
+    return context, moved, moved.flatten(0, -2).amax(0).to(context.dtype)
 
 
 def frequencies(config: UNetConfig, device: torch.device | str) -> Tensor:

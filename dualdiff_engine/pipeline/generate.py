@@ -250,8 +250,12 @@ def _networks(run: Run) -> Iterator[None]:
 def _text(run: Run, request: Request) -> list[Tensor]:
     """What the denoiser's calls need of the prompts."""
     context = run.text_encoder.encode_pair(request.tokens, run.text_weights)
-    context = context[:, -request.sampling.rows :]
-    return run.denoiser.text_inputs(context.to(run.device, run.dtype))
+    rows = slice(-request.sampling.rows, None)
+    placeholder = None
+    if run.coupling is not None and run.coupling.aligns:
+        places = run.text_encoder.places(request.tokens, run.coupling.placeholder)
+        placeholder = places.unflatten(0, context.shape[:2])[:, rows]
+    return run.denoiser.text_inputs(context[:, rows].to(run.device, run.dtype), placeholder)
 
 
 def _bank(

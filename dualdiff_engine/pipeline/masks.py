@@ -45,6 +45,8 @@ LARGEST_HOLE = 0.002
 # wide as its hole, or the gap between crossing scratches
 FILLED_SURROUNDINGS = 0.5
 
+# of a mask that was drawn: halfway between black and white
+DRAWN_THRESHOLD = 127.5
 # U2-Net (Qin et al. 2020) was trained on these statistics and at this size
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
@@ -109,6 +111,16 @@ def extract_mask(anomaly: Bytes, *, min_area: float = DEFAULT_MIN_AREA) -> MaskR
     mask = _fill(np.where(inside, 255, 0).astype(np.uint8))
     mask = _drop_specks(mask, min_area * mask.size)
     return _result(mask, float(thresholds[mask > 0].mean()) if mask.any() else strong)
+
+
+def drawn_mask(picture: Bytes, *, min_area: float = DEFAULT_MIN_AREA) -> MaskResult:
+    """The mask that an adapter drew itself, white on black: what is at least half white.
+
+    picture: uint8 [H, W, 3]. min_area as of `extract_mask`. Raises SettingsError.
+    """
+    _check_picture(picture)
+    mask = np.where(picture.mean(axis=2) > DRAWN_THRESHOLD, 255, 0).astype(np.uint8)
+    return _result(_drop_specks(mask, min_area * mask.size), DRAWN_THRESHOLD)
 
 
 def _background(brightness: Floats) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dualdiff_engine.adapters import verdicts
 from dualdiff_engine.errors import SettingsError
 from dualdiff_engine.model.call import Denoiser
+from dualdiff_engine.model.coupling import MASK, Coupling
 from dualdiff_engine.ops import Ops
 from dualdiff_engine.pair import (
     Facts,
@@ -26,7 +27,7 @@ from dualdiff_engine.pipeline.background import BankStore, Surroundings
 from dualdiff_engine.pipeline.batches import BatchMemory, BusyLock
 from dualdiff_engine.pipeline.blend import Level
 from dualdiff_engine.pipeline.denoise import Schedule
-from dualdiff_engine.pipeline.masks import MaskResult, Segmenter, extract_mask
+from dualdiff_engine.pipeline.masks import MaskResult, Segmenter, drawn_mask, extract_mask
 from dualdiff_engine.pipeline.placement import Canvases
 from dualdiff_engine.pipeline.scores import Acceptance, MaskSource, check_mask_source
 from dualdiff_engine.pipeline.text import TextEncoder
@@ -66,10 +67,11 @@ class Run:
     text_weights: the text encoder's weights that the adapter changes. make_scheduler: by class name
     and options. make_noiser: a scheduler whose `add_noise` noises backgrounds. size: (height,
     width) in pixels and scheduler: the base model's own. trained_background: whether the adapter
-    needs a background. window: the ratio of the windows that it was trained on. held_guidance: what
-    a distilled adapter holds. prompts: drawn when a caller names none. is_active: whether the
-    adapter is still the one that the denoiser holds. interrupted: whether to stop after this step.
-    busy: held while networks run. batches: which batches fitted into memory.
+    needs a background. coupling: of its branches; None: DualAnoDiff's. window: the ratio of the
+    windows that it was trained on. held_guidance: what a distilled adapter holds. prompts: drawn
+    when a caller names none. is_active: whether the adapter is still the one that the denoiser
+    holds. interrupted: whether to stop after this step. busy: held while networks run. batches:
+    which batches fitted into memory.
     """
 
     denoiser: Denoiser
@@ -88,6 +90,7 @@ class Run:
     scheduler: str
     adapter: str | None
     trained_background: bool
+    coupling: Coupling | None
     window: float | None
     held_guidance: float | None
     prompts: Prompts
@@ -184,6 +187,12 @@ class Request:
         return self.canvases.surroundings(number, seed, self.given.background_noise)
 
 
+def _mask_of(run: Run) -> Callable[[Any], MaskResult]:
+    """What finds the mask in the second branch's picture."""
+    drawn = run.coupling is not None and run.coupling.annotation == MASK
+    return drawn_mask if drawn else extract_mask
+
+
 def check(
     run: Run,
     n: int | Sequence[int] | None,
@@ -248,7 +257,7 @@ def check(
         canvases=canvases,
         levels=schedule.noise_levels() if canvases else [],
         given=given,
-        segment=Segmenter(segmenter) if segmenter else extract_mask,
+        segment=Segmenter(segmenter) if segmenter else _mask_of(run),
         mask=source,
         acceptance=acceptance,
         output_type=check_output_type(output_type),

@@ -54,6 +54,20 @@ class TextEncoder:
                 )
         return torch.tensor(ids)
 
+    def places(self, tokens: Tensor, word: str) -> Tensor:
+        """Where a word first stands in prompts: token ids [..., L] -> 1.0 for its tokens, else 0.
+
+        All zero for a prompt without it.
+        """
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        found = torch.zeros(tokens.shape)
+        for row, flags in zip(tokens.flatten(0, -2), found.flatten(0, -2), strict=True):
+            starts = (row.unfold(0, len(ids), 1) == torch.tensor(ids)).all(-1).nonzero()
+            if len(starts):
+                first = int(starts[0])
+                flags[first : first + len(ids)] = 1
+        return found
+
     def encode(self, tokens: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
         """Token ids [n, L] -> [n, L, X] fp32; changed: as from `fold`, empty for the base alone."""
         ids = tokens.to(self.encoder.device)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from dualdiff_engine.errors import DataError, SettingsError
 from dualdiff_engine.files import sha256_of
+from dualdiff_engine.model.coupling import MASK
 from dualdiff_engine.pictures import object_mask_fault, open_picture
 from dualdiff_engine.pipeline.background import blacked_out
 from dualdiff_engine.pipeline.window import Window, window_around
@@ -61,6 +62,13 @@ class Example:
         picture = np.array(open_picture(self.picture, "picture", "RGB"))
         picture[~_white(self.mask)] = 0
         return _resized(self._cut(Image.fromarray(picture)), size)
+
+    def annotation(self, size: int, kind: str) -> np.ndarray:
+        """What the second branch draws, uint8 [size, size, 3]: `anomaly`, or its `mask`."""
+        if kind != MASK:
+            return self.anomaly(size)
+        white = Image.fromarray(np.where(_white(self.mask), np.uint8(255), np.uint8(0)))
+        return _resized(self._cut(white.convert("RGB")), size)
 
     def surroundings(self, size: int | None = None) -> np.ndarray:
         """The picture with the object black, as the engine cuts it, uint8 [size, size, 3].

@@ -111,7 +111,7 @@ def encode(
     grey = None
     scale = float(vae.config.scaling_factor)
     for example in examples:
-        pair = np.stack([example.image(size), example.anomaly(size)])
+        pair = np.stack([example.image(size), example.annotation(size, options.annotation)])
         for flip in _FLIPS[options.flips]:
             posterior = vae.encode(_as_input(_flipped(pair, flip), vae)).latent_dist
             means.append(posterior.mean.float().cpu() * scale)

@@ -15,6 +15,7 @@ from dualdiff_engine import adapters
 from dualdiff_engine.adapters.format import PROJECTIONS, Adapter, LowRank
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.errors import AdapterError
+from dualdiff_engine.model.coupling import ALIGN, CONNECT, Coupling, blocks_of
 from dualdiff_engine.pipeline.text import TextEncoder
 from dualdiff_engine.settings import BRANCHES
 from dualdiff_engine.training.options import TrainingOptions
@@ -35,7 +36,7 @@ class TrainableNetwork:
         if options.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         generator = torch.Generator().manual_seed(options.seed)
-        self.sites = _sites(self.unet, options)
+        self.coupling, self.sites = _sites(self.unet, options)
         for site in self.sites.values():
             site.to_empty(device="cpu")
             site.initialise(generator)
@@ -87,13 +88,17 @@ class TrainableNetwork:
         timesteps: Tensor,
         context: Tensor,
         background: Tensor | None = None,
+        placeholder: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise, with gradients.
 
         latents [2 branches, B, 4, h, w]; timesteps [B]; context [2, B or 1, L, X]; background
-        [B, 4, h, w], noised to the timesteps -> [2, B, 4, h, w] in the network's dtype.
+        [B, 4, h, w], noised to the timesteps; placeholder [2, B or 1, L], as `TextEncoder.places`
+        finds it, for couplings that align -> [2, B, 4, h, w] in the network's dtype.
         """
         assert (background is not None) == self.background
+        for site in self.sites.values():
+            site.placeholder = placeholder
         strands = (
             [latents[0], latents[1]] if background is None else [latents[0], background, latents[1]]
         )
@@ -103,6 +108,12 @@ class TrainableNetwork:
         ).sample
         noise = noise.unflatten(0, (len(strands), -1))
         return torch.stack([noise[0], noise[-1]])
+
+    def places(self, prompts: list[str]) -> Tensor | None:
+        """Of the placeholder in prompts [n, L], where the coupling needs them."""
+        if self.coupling is None or not self.coupling.aligns:
+            return None
+        return self.text.places(self.text.tokenize(prompts), self.coupling.placeholder)
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The adapter, as released adapters name it, on the CPU."""
@@ -127,16 +138,28 @@ class TrainableNetwork:
                 parameter.copy_(tensors[name])
 
 
-def _sites(unet: Any, options: TrainingOptions) -> dict[str, TrainableSite]:
-    """Empty sites by module path."""
+def _sites(unet: Any, options: TrainingOptions) -> tuple[Coupling | None, dict[str, TrainableSite]]:
+    """The coupling of the base's blocks, and empty sites by module path."""
     strands = len(BRANCHES) + options.background
+    names = blocks_of(name.removesuffix(".processor") for name in unet.attn_processors)
+    coupling = options.coupling(len(names))
+    blocks = (coupling or Coupling.released(len(names))).blocks
+    coupled = dict(zip(names, blocks, strict=True))
     sites = {}
     for processor in unet.attn_processors:
         name = processor.removesuffix(".processor")
         attn = unet.get_submodule(name)
-        blend = options.blend_width if options.background and name.endswith("attn1") else 0
+        block, of_self = coupled[name.rpartition(".")[0]], name.endswith("attn1")
+        blend = options.blend_width if options.background and of_self else 0
         with torch.device("meta"):
             sites[name] = TrainableSite(
-                attn.to_q.weight.shape[0], attn.to_k.weight.shape[1], options.rank, strands, blend
+                attn.to_q.weight.shape[0],
+                attn.to_k.weight.shape[1],
+                options.rank,
+                strands,
+                blend,
+                block.exchange if of_self else block.text_exchange,
+                connects=of_self and block.attention == CONNECT,
+                aligns=not of_self and block.text == ALIGN,
             )
-    return sites
+    return coupling, sites

@@ -7,6 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dualdiff_engine.errors import SettingsError
+from dualdiff_engine.model.coupling import (
+    ANNOTATIONS,
+    ANOMALY,
+    CYCLE,
+    RELEASED,
+    Coupling,
+    cycle_of,
+)
 from dualdiff_engine.settings import ANOMALY_PROMPT, IMAGE_PROMPT, MOST_GUIDANCE, require_seed
 
 # what may differ when a run is resumed: none of it changes a finished step
@@ -15,7 +23,13 @@ _FREE = ("steps", "checkpoint_every", "sample_every", "samples", "sample_steps",
 # of distillation alone
 _DISTILLING = ("distill_guidance", "trajectories", "trajectory_calls")
 
+DUALANODIFF, DH_DIFF = SYSTEMS = ("dualanodiff", "dh-diff")
+# of other systems than DualAnoDiff
+_COUPLING = ("system", "annotation", "cycle")
+
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "system": SYSTEMS,
+    "annotation": ANNOTATIONS,
     "flips": ("none", "horizontal", "vertical", "both"),
     "latents": ("sample", "mean"),
     "lr_schedule": ("constant", "cosine"),
@@ -49,6 +63,12 @@ class TrainingOptions:
     Args:
         defect: the defect's folder in `test/` and `ground_truth/`. Empty where no pictures are
             needed: to distil an adapter without background.
+        system: `dualanodiff`, or `dh-diff`: our definition of the pattern of Double Helix Diffusion
+            (arXiv 2509.12787), see `model.coupling`.
+        annotation: what the second branch draws: the `anomaly` on black, or its `mask`, white on
+            black.
+        cycle: couple block after block in another way than the system does, as
+            "attention/exchange/text/exchange,…" of `model.coupling.Block`, again and again.
         pictures: use only the first N pictures, sorted by name (at least 2); None uses all.
         background: also train the background blend; needs object masks.
         text_encoder: also train LoRA on the text encoder.
@@ -92,6 +112,9 @@ class TrainingOptions:
     """
 
     defect: str = ""
+    system: Literal["dualanodiff", "dh-diff"] = "dualanodiff"
+    annotation: Literal["anomaly", "mask"] = "anomaly"
+    cycle: str | None = None
     pictures: int | None = None
     background: bool = False
     text_encoder: bool = False
@@ -149,8 +172,21 @@ class TrainingOptions:
         _within("max_grad_norm", self.max_grad_norm, 0, math.inf)
         _within("prompt_dropout", self.prompt_dropout, 0, 1)
         require_seed(self.seed)
+        self.coupling(1)
         if self.distill_guidance is not None:
             _within("distill_guidance", self.distill_guidance, 1, MOST_GUIDANCE, open_below=True)
+
+    def coupling(self, blocks: int) -> Coupling | None:
+        """Of a network of so many transformer blocks; None: DualAnoDiff's. Raises SettingsError."""
+        others = self.system != DUALANODIFF or self.cycle is not None
+        if not others and self.annotation == ANOMALY:
+            return None
+        try:
+            usual = CYCLE if self.system == DH_DIFF else RELEASED
+            cycle = usual if self.cycle is None else cycle_of(self.cycle)
+        except ValueError as error:
+            raise SettingsError(f"cycle: {error}") from error
+        return Coupling.cycled(cycle, blocks, self.annotation)
 
     @property
     def per_step(self) -> int:
@@ -163,6 +199,9 @@ class TrainingOptions:
         if self.window is None:
             # states of whole pictures do not name it
             del bound["window"]
+        if self.coupling(1) is None:
+            # nor do states of DualAnoDiff
+            bound = {name: value for name, value in bound.items() if name not in _COUPLING}
         if self.distill_guidance is None:
             bound = {name: value for name, value in bound.items() if name not in _DISTILLING}
         # a cosine ends where the run does

@@ -1,8 +1,9 @@
 """One attention site in its trainable, unfolded form, as a processor of diffusers' attention.
 
 It computes the method (https://arxiv.org/abs/2408.13509) as it is written: low-rank changes next to
-the frozen weights, per branch, then the interaction of both branches. `adapters.fold` folds what is
-learnt here; the two agree up to rounding.
+the frozen weights, per branch, then the exchange of both branches; and our pattern of Double Helix
+Diffusion, where `model.coupling` says so. `adapters.fold` folds what is learnt here; the two agree
+up to rounding.
 
 Rows of the batch are stacked by strand: image, background if there is one, anomaly. The background
 runs along as a third strand with the image branch's weights and no interaction, so that the image
@@ -19,17 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualdiff_engine.adapters.format import PROJECTIONS
+from dualdiff_engine.exchanges import INTERACTION, KINDS, linear
+from dualdiff_engine.ops.reference import FLAT
 from dualdiff_engine.settings import BRANCHES
 
-_NORM_EPS = 1e-6
 # where the blend of the background starts (the paper's gamma)
 _BLEND = 0.1
-
-
-def linear(layer: Any, x: Tensor) -> Tensor:
-    """A trained fp32 layer on activations of any dtype."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 class LowRankLayer(nn.Module):
@@ -44,25 +40,47 @@ class LowRankLayer(nn.Module):
         return linear(self.up, linear(self.down, x))
 
 
+class Scale(nn.Module):
+    """How far the scores of the placeholder's tokens move with the other branch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(1))
+
+
 class TrainableSite(nn.Module):
     """The attention processor of one site; its parameters are named as in released adapters."""
 
     def __init__(
-        self, channels: int, context: int, rank: int, strands: int, blend_width: int
+        self,
+        channels: int,
+        context: int,
+        rank: int,
+        strands: int,
+        blend_width: int,
+        exchange: str = INTERACTION,
+        connects: bool = False,
+        aligns: bool = False,
     ) -> None:
         """context: width of what keys and values read. strands: 2, with background 3.
 
-        blend_width: inner width of the background's affine maps, 0 where the site has none.
+        blend_width: inner width of the background's affine maps, 0 where the site has none. The
+        last three: how the site is coupled, see `model.coupling.Block`.
         """
         super().__init__()
-        self.strands = strands
+        self.strands, self.connects = strands, connects
+        self.kind = KINDS[exchange]
         for part in PROJECTIONS:
             inner = context if part in ("k", "v") else channels
             layers = [LowRankLayer(inner, channels, rank) for _ in BRANCHES]
             setattr(self, f"to_{part}_lora", nn.ModuleList(layers))
-        self.temporal_n = nn.LayerNorm(channels, _NORM_EPS)
-        for part in "iqkvo":
-            setattr(self, f"temporal_{part}", nn.Linear(channels, channels))
+        for name, layer in self.kind.layers(channels).items():
+            setattr(self, name, layer)
+        self.align: Scale | None = None
+        # [2, B or 1, L]: 1 for the placeholder's tokens, set before each pass
+        self.placeholder: Tensor | None = None
+        if aligns:
+            self.align = Scale()
         self.temporal_condition_mlp: nn.ModuleList | None = None
         self.temporal_a: nn.Parameter | None = None
         if blend_width:
@@ -79,13 +97,16 @@ class TrainableSite(nn.Module):
                     parameter.fill_(_BLEND)
                 elif name == "temporal_n.weight":
                     parameter.fill_(1)
-                elif name.endswith(".bias") or ".up." in name or _starts_at_zero(name):
+                elif name.endswith(".bias") or ".up." in name or self._starts_at_zero(name):
                     parameter.zero_()
                 elif ".down." in name:
                     parameter.normal_(std=1 / parameter.shape[0], generator=generator)
                 else:
                     bound = 1 / math.sqrt(parameter.shape[1])
                     parameter.uniform_(-bound, bound, generator=generator)
+
+    def _starts_at_zero(self, name: str) -> bool:
+        return name in self.kind.zeros or name in ("temporal_condition_mlp.1.weight", "align.scale")
 
     def forward(
         self, attn: Any, hidden: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
@@ -115,16 +136,47 @@ class TrainableSite(nn.Module):
         if context.shape[0] < hidden.shape[0]:
             # the background reads the image's prompt, with the image's weights
             key, value = (torch.cat([x[:1], x]) for x in (key, value))
+        if self.connects or self.align is not None:
+            attended = self._attend_coupled(query, key, value, attn.heads)
+            return self._adapted(attn.to_out[0], "out", attended)
         if context.shape[1] < hidden.shape[1]:
             # one prompt for all: their positions are one long row of queries
             query = query.flatten(1, 2).unsqueeze(1)
-        heads = [
-            x.flatten(0, 1).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for x in (query, key, value)
-        ]
-        attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
-        attended = attended.transpose(1, 2).reshape(hidden.shape)
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        attended = _attention(query, key, value, attn.heads)
+        attended = attended.reshape(hidden.shape)
         return self._adapted(attn.to_out[0], "out", attended)
+
+    def _attend_coupled(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        """query [F, B, S, C], key and value [F, B or 1, L, C] -> [F, B, S, C].
+
+        Branches that connect read the keys of both; the background reads its own.
+        """
+        key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
+        moved = self._moved(query, key, heads)
+        out = []
+        for strand, rows in enumerate(query):
+            keys, values = key[strand], value[strand]
+            branch = {0: 0, len(query) - 1: 1}.get(strand)
+            if self.connects and branch is not None:
+                keys, values = (torch.cat([x[0], x[-1]], dim=1) for x in (key, value))
+            bias = None if moved is None or branch is None else moved[branch].unsqueeze(1)
+            out.append(_attention(rows, keys, values, heads, bias))
+        return torch.stack(out)
+
+    def _moved(self, query: Tensor, key: Tensor, heads: int) -> Tensor | None:
+        """What the scores of both branches move by, [2, B, S, L]; None where nothing aligns."""
+        if self.align is None or self.placeholder is None:
+            return None
+        places = self.placeholder.to(query)
+        share = places / places.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.stack([key[0], key[-1]]).mul(share.unsqueeze(-1)).sum(-2)
+        branches = torch.stack([query[0], query[-1]])
+        looked = (branches * mean.unsqueeze(-2)).float().sum(-1)
+        looked = looked / math.sqrt(query.shape[-1] * heads)
+        moved = self.align.scale * _standardised(looked).flip(0)
+        # in every prompt the placeholder is elsewhere
+        return moved.to(query).unsqueeze(-1) * places.unsqueeze(-2)
 
     def _blended(self, hidden: Tensor) -> Tensor:
         """Input of keys and values; the image branch's is blended with the background."""
@@ -136,23 +188,24 @@ class TrainableSite(nn.Module):
         return torch.cat([(1 - amount) * hidden[:1] + amount * learnt, hidden[1:]])
 
     def _interact(self, out: Tensor) -> Tensor:
-        """out [strands, B, S, C]: every position of a branch looks at itself and its partner.
-
-        A softmax over two keys is the sigmoid of the difference of their scores.
-        """
-        branches = torch.stack([out[0], out[-1]])
-        channels = out.shape[-1]
-        norm = self.temporal_n
-        normed = F.layer_norm(branches.float(), (channels,), norm.weight, norm.bias, norm.eps)
-        entry = linear(self.temporal_i, normed.to(out.dtype))
-        query, key, value = (
-            linear(layer, entry) for layer in (self.temporal_q, self.temporal_k, self.temporal_v)
-        )
-        scores = (query * (key[0] - key[1])).float().sum(-1, keepdim=True) / math.sqrt(channels)
-        mixed = value[1] + torch.sigmoid(scores).to(out.dtype) * (value[0] - value[1])
-        coupled = branches + linear(self.temporal_o, mixed)
+        """out [strands, B, S, C]: both branches, after their exchange; the background as it is."""
+        coupled = self.kind.unfolded(self, torch.stack([out[0], out[-1]]))
         return torch.cat([coupled[:1], out[1:-1], coupled[1:]])
 
 
-def _starts_at_zero(name: str) -> bool:
-    return name in ("temporal_o.weight", "temporal_condition_mlp.1.weight")
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """query [N, S, C], key and value [N, L, C], bias [N, 1, S, L] -> [N, S, C]."""
+    split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)]
+    out = F.scaled_dot_product_attention(split[0], split[1], split[2], bias)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Of mean 0 and deviation 1 over the last axis; 0 where it is flat."""
+    centred = x - x.mean(-1, keepdim=True)
+    # the slope of a root at zero is infinite, also where nothing uses it
+    deviation = centred.square().mean(-1, keepdim=True).clamp(min=1e-30).sqrt()
+    flat = deviation < FLAT * (1 + x.mean(-1, keepdim=True).abs())
+    return torch.where(flat, torch.zeros_like(x), centred / deviation)

@@ -106,6 +106,8 @@ def _taught(path: str | Path | None, options: TrainingOptions) -> Teacher | None
         raise SettingsError(
             "distill_guidance (--distill-guidance) and teacher (--from) go together"
         )
+    if options.coupling(1) is not None:
+        raise SettingsError("system, annotation and cycle (--system, …) are those of --from")
     return Teacher.open(path, options.distill_guidance)
 
 
@@ -209,6 +211,8 @@ class _Run:
         )
         if self.state.exists():
             self.losses = state.restore(self.state, self.network.parameters, self.optimizer)
+        places = self.network.places(self._prompts)
+        self.places = None if places is None else places.unflatten(0, (2, 2))
         if self.teacher is None and not self.network.trains_text:
             self.context = self._encode_prompts().detach()
         if self.done < options.steps:
@@ -238,9 +242,12 @@ class _Run:
 
     def _encode_prompts(self) -> Tensor:
         """[2 branches, 2 (prompt, empty), L, X]."""
-        options = self.options
-        prompts = [options.image_prompt, "", options.anomaly_prompt, ""]
-        return self.network.encode(prompts).unflatten(0, (2, 2))
+        return self.network.encode(self._prompts).unflatten(0, (2, 2))
+
+    @property
+    def _prompts(self) -> list[str]:
+        """Of each branch, its own and the empty one."""
+        return [self.options.image_prompt, "", self.options.anomaly_prompt, ""]
 
     def _step(self, step: int) -> Tensor:
         """One optimizer step; the losses of both branches, [2] on the CPU."""
@@ -284,13 +291,11 @@ class _Run:
                 drawn.background.to(device), drawn.background_noise.to(device), times
             )
         context = self.context if self.context is not None else self._encode_prompts()
-        if drawn.dropped.any():
-            context = context[:, drawn.dropped.long().to(device)]
-        else:
-            context = context[:, :1]
+        chosen = drawn.dropped.long().to(device) if drawn.dropped.any() else slice(1)
+        places = None if self.places is None else self.places.to(device)[:, chosen]
         # both branches at the same timesteps
         noised = _by_branch(self.noiser.add_noise, clean, noise, times)
-        predicted = self.network(noised, times, context, background).float()
+        predicted = self.network(noised, times, context[:, chosen], background, places).float()
         target = noise
         if self.target == "v_prediction":
             target = _by_branch(self.noiser.get_velocity, clean, noise, times)
@@ -320,7 +325,7 @@ class _Run:
     def _save_adapter(self, path: Path) -> None:
         dtype = getattr(torch, self.options.save_dtype)
         distilled = self.teacher.told(len(self.losses)) if self.teacher else None
-        made = adapter_files.Origin(self.options.window, distilled)
+        made = adapter_files.Origin(self.options.window, distilled, self.network.coupling)
         adapter_files.write(path, self.network.tensors(dtype), made)
 
     def _draw_sheet(self, folder: Path) -> None:

@@ -79,7 +79,7 @@ def write_adapter(engine: Engine, path: Path, graphs: Mapping[str, Artefact]) ->
     }
     for name in text:
         tensors[name] = stored(adapter.text.get(name, base[name]).float(), name in transposed)
-    summary = {**asdict(adapter.summary), "file": Path(adapter.summary.file).name}
+    summary = {**adapter.summary.record(), "file": Path(adapter.summary.file).name}
     prompts = trained_prompts(Path(adapter.summary.file), adapter.summary.sha256)
     metadata = {
         "prompts": asdict(prompts),

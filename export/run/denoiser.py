@@ -14,6 +14,7 @@ from dualdiff_engine.errors import AdapterError, BackendError
 from dualdiff_engine.export.folder.artefact import Artefact
 from dualdiff_engine.export.folder.folded import in_precision, stored
 from dualdiff_engine.export.run.onnx_session import Session
+from dualdiff_engine.model.coupling import Coupling
 from dualdiff_engine.ops import Ops
 
 PLAIN, WITH_BACKGROUND, ENCODER = "denoiser", "denoiser_background", "background_encoder"
@@ -87,9 +88,17 @@ class ExportedDenoiser(ABC):
         """The timesteps themselves, [1] each."""
         return [(timestep.float().reshape(1),) for timestep in timesteps]
 
-    def text_inputs(self, context: Tensor) -> list[Tensor]:
+    def text_inputs(self, context: Tensor, placeholder: Tensor | None = None) -> list[Tensor]:
         """The prompt embeddings themselves."""
         return [context.float()]
+
+    def couple(self, coupling: Coupling | None) -> None:
+        """Graphs hold DualAnoDiff's coupling. Raises BackendError for another one."""
+        if coupling is not None:
+            raise BackendError(
+                "exported graphs couple the branches as DualAnoDiff does, the adapter couples them "
+                f"otherwise ({coupling}): load the base model itself"
+            )
 
     def background_shares(
         self, latents: Tensor, time: Sequence[Tensor], text: Sequence[Tensor]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,7 @@ def test_the_released_format_is_read(case: str, background: bool) -> None:
                 name = f"{prefix}to_{part}_lora.{branch}"
                 assert torch.equal(pair.down, tensors[f"{name}.down.weight"])
                 assert torch.equal(pair.up, tensors[f"{name}.up.weight"])
-        for part, affine in held.interaction.items():
+        for part, affine in held.parts.items():
             name = f"{prefix}temporal_{'o' if part == 'output' else part[0]}"
             assert torch.equal(affine.weight, tensors[f"{name}.weight"])
             assert torch.equal(affine.bias, tensors[f"{name}.bias"])
@@ -140,7 +139,7 @@ def test_text_rank_may_differ_from_the_unet() -> None:
 def test_summary(case: str, background: bool) -> None:
     tensors = golden(case)
     adapter = adapters.load(DATA / case / "adapter", allow_pickle=True)
-    shown = asdict(adapters.summary(adapter))
+    shown = adapters.summary(adapter).record()
     blend = shown.pop("blend")
     assert isinstance(blend, dict)
     assert len(blend) == (10 if background else 0)
@@ -159,4 +158,5 @@ def test_summary(case: str, background: bool) -> None:
         "base": "a model with text width 32",
         "window": None,
         "distilled": None,
+        "coupling": None,
     }

@@ -41,8 +41,8 @@ def test_a_wrapped_adapter_is_the_same(tmp_path: Path, plain: str, wrapped: str)
     assert ours.sites.keys() == theirs.sites.keys()
     assert (ours.rank, ours.parameters) == (theirs.rank, theirs.parameters)
     for name, site in theirs.sites.items():
-        for part, affine in site.interaction.items():
-            assert torch.equal(affine.weight, ours.sites[name].interaction[part].weight)
+        for part, affine in site.parts.items():
+            assert torch.equal(affine.weight, ours.sites[name].parts[part].weight)
 
 
 def test_twice_the_same_tensor_is_refused() -> None:
