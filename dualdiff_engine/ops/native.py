@@ -54,6 +54,8 @@ OPS = {
 }
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS_PER_THREAD = 256
+# with one product and fewer intermediates, calls weigh more than caches
+MERGED_PER_THREAD = 1024
 # of the second source, where there is none
 NO_ROWS = (0, 0, 0, 0)
 
@@ -93,12 +95,12 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _runs(rows: int) -> Iterator[tuple[int, int]]:
+def _runs(rows: int, per_thread: int = ROWS_PER_THREAD) -> Iterator[tuple[int, int]]:
     """(first, count) of runs of rows short enough for their intermediates to stay in the caches.
 
     New memory costs as much as a product: its pages are mapped one by one.
     """
-    step = ROWS_PER_THREAD * _threads()
+    step = per_thread * _threads()
     for first in range(0, rows, step):
         yield first, min(step, rows - first)
 
@@ -172,12 +174,12 @@ def exchange(
         difference = x.new_empty(count, channels)
         moments = x.new_empty(count, 2, 2, dtype=torch.float32)
         _native.normalise_difference(*run, difference.data_ptr(), moments.data_ptr(), eps)
-        projected = onednn.linear(difference, gate_weight)
+        projected = onednn.product(difference, gate_weight)
         mixed = x.new_empty(2, count, channels)
         _native.mix(
             *run, projected.data_ptr(), gate_bias.data_ptr(), moments.data_ptr(), mixed.data_ptr()
         )
-        product = onednn.linear(mixed, value_weight, value_bias)
+        product = onednn.product(mixed, value_weight, value_bias)
         _native.add(*run, product.data_ptr(), residual.data_ptr() + offset, out.data_ptr() + offset)
     return out
 
@@ -204,13 +206,13 @@ def merge(input: Tensor, weight: Tensor, residual: Tensor, eps: float = INTERACT
     weight = weight.contiguous().view(2 * channels, channels)
     out = x.new_empty(x.shape)
     positions = x.shape[1] if channels else 0
-    for first, count in _runs(positions):
+    for first, count in _runs(positions, MERGED_PER_THREAD):
         offset = first * channels * x.element_size()
         run = (x.data_ptr() + offset, positions * channels, count, channels, bf16, _threads())
         difference = x.new_empty(count, channels)
         moments = x.new_empty(count, 2, 2, dtype=torch.float32)
         _native.normalise_difference(*run, difference.data_ptr(), moments.data_ptr(), eps)
-        product = onednn.linear(difference, weight)
+        product = onednn.product(difference, weight)
         _native.add_merged(
             *run, product.data_ptr(), residual.data_ptr() + offset, out.data_ptr() + offset
         )
