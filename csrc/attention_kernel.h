@@ -33,6 +33,9 @@ struct Single {
     }
 
     static Ints join(Floats even, Floats) { return Ints(even); }
+
+    static uint32_t bias_word(float bias) { return bits_of(bias); }
+    static uint32_t token_word(float token) { return bits_of(token); }
 };
 
 #if DUALDIFF_HAS_BF16_PRODUCT
@@ -56,7 +59,21 @@ struct Pair {
             _mm512_permutexvar_epi16((__m512i)interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
     }
 
+    // in two halves: what the first is rounded by is in the second
+    static uint32_t bias_word(float bias) {
+        uint16_t high = nearest(bias);
+        uint32_t widened = uint32_t(high) << 16;
+        float kept;
+        memcpy(&kept, &widened, sizeof kept);
+        return high | uint32_t(nearest(bias - kept)) << 16;
+    }
+    static uint32_t token_word(float token) {
+        return nearest(token) | uint32_t(nearest(token)) << 16;
+    }
+
   private:
+    static uint16_t nearest(float value) { return to_bf16(splat(value))[0]; }
+
     typedef uint16_t Halves32 __attribute__((vector_size(64)));
 };
 #endif
@@ -138,7 +155,7 @@ struct ValueTiles {
 
 // One thread's memory, laid out for a shape.
 struct AttentionScratch {
-    int64_t words;         // of a row of queries or keys
+    int64_t words;         // of a row of queries or keys, the last of them of a bias
     int64_t padded_words;  // the same, whole transposed blocks
 
     uint32_t* queries;   // [blocks][padded_words][LANES]
@@ -155,7 +172,7 @@ struct AttentionScratch {
     uintptr_t end;
 
     AttentionScratch(const Attention& a, int values_per_word, uintptr_t start)
-        : words((a.width + values_per_word - 1) / values_per_word),
+        : words((a.width + values_per_word - 1) / values_per_word + (a.bias ? 1 : 0)),
           padded_words(round_up(words, WIDTH)),
           end(start) {
         int64_t lanes = round_up(least(a.query.length, QUERY_CHUNK), LANES);
@@ -229,6 +246,12 @@ class AttentionItem {
                                      : at(two, source_row, position - one.length);
     }
 
+    // A bias of some keys is one more channel: 1 in those keys, the bias in the queries.
+    void pack_query(int64_t query, uint32_t* to) {
+        Product::pack_row(at(a.query, row, query), a.width, to);
+        if (a.bias) to[s.words - 1] = Product::bias_word(a.bias[row * a.query.length + query]);
+    }
+
     void pack_queries(int64_t block) {
         uint32_t* to = s.queries + block * s.padded_words * LANES;
         for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
@@ -236,8 +259,7 @@ class AttentionItem {
             for (int64_t i = 0; i < WIDTH; ++i) {
                 int64_t query = block * LANES + lane + i;
                 if (query < queries)
-                    Product::pack_row(at(a.query, row, first_query + query), a.width,
-                                      s.staging + i * s.padded_words);
+                    pack_query(first_query + query, s.staging + i * s.padded_words);
             }
             for (int64_t word = 0; word < s.padded_words; word += WIDTH) {
                 Floats square[WIDTH];
@@ -251,9 +273,11 @@ class AttentionItem {
     }
 
     void pack_keys(int64_t first, int64_t count) {
-        for (int64_t key = 0; key < count; ++key)
-            Product::pack_row(joined(a.key, a.more_key, first + key), a.width,
-                              s.keys + key * s.words);
+        for (int64_t key = 0; key < count; ++key) {
+            uint32_t* to = s.keys + key * s.words;
+            Product::pack_row(joined(a.key, a.more_key, first + key), a.width, to);
+            if (a.bias) to[s.words - 1] = Product::token_word(a.tokens[first + key]);
+        }
     }
 
     void pack_values(int64_t first, int64_t count) {

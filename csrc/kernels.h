@@ -32,6 +32,9 @@ struct Attention {
     int64_t batch, heads, width;
     int64_t source_batch;  // of keys and values: row n of the queries reads their row n % it
     bool bf16;
+    // or null: what is added to the scores of some keys, [batch, query.length] before their scale,
+    // and those keys, [key.length], 1 or 0
+    const float *bias, *tokens;
 
     int64_t chunks() const { return (query.length + QUERY_CHUNK - 1) / QUERY_CHUNK; }
     int64_t items() const { return batch * heads * chunks(); }
@@ -49,10 +52,27 @@ struct Exchange {
     const float* gate_bias;  // [channels]
     float* moments;          // [count, 2, 2], mean and reciprocal deviation of each branch's row
     void* mixed;             // [2, count, channels], the gated mix
-    const void* product;     // [2, count, channels], mixed times V
+    const void* product;     // [2, count, channels], mixed times V; of a merge [count, 2, channels]
     int64_t count, channels;
     float eps;
     bool bf16;
+};
+
+// What the branches tell each other of where a word belongs, as a bias of their text attention.
+struct Alignment {
+    const void* query;     // [2, rows, pairs, positions, channels]
+    const void* mean_key;  // [2, rows, channels]
+    const float* graphic;  // [graphic_pairs, positions], or null
+    float* scores;         // [2, rows, pairs, positions], of the mean key
+    float* bias;           // [2, rows, pairs, positions]
+    int64_t rows, pairs, positions, channels, graphic_pairs;
+    // of scores; of the other branch's standardised ones and of the graphic, in the bias; the
+    // deviation of a flat map over 1 + its mean
+    double score_scale, scale, strength, flat;
+    bool bf16;
+
+    int64_t all_positions() const { return 2 * rows * pairs * positions; }
+    int64_t blocks() const { return (all_positions() + POSITION_BLOCK - 1) / POSITION_BLOCK; }
 };
 
 struct GroupNorm {
@@ -85,6 +105,10 @@ struct Level {
     void (*normalise_difference)(const Exchange&, int64_t row);
     void (*mix)(const Exchange&, int64_t row);
     void (*add)(const Exchange&, int64_t row);
+    void (*add_merged)(const Exchange&, int64_t row);
+
+    // one block of positions
+    void (*mean_scores)(const Alignment&, int64_t block);
 };
 
 namespace portable { extern const Level level; }

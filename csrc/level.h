@@ -21,6 +21,8 @@ const Level level = {
     normalise_difference,
     mix,
     add,
+    add_merged,
+    mean_scores,
 };
 
 }  // namespace dualdiff::DUALDIFF_LEVEL

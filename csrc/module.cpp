@@ -49,10 +49,11 @@ void use_level(const std::string& name) {
 
 void bind_attention(const PyRows& query, const PyRows& key, const PyRows& value,
                     const PyRows& more_key, const PyRows& more_value, Address out, int64_t batch,
-                    int64_t heads, int64_t width, int64_t source_batch, bool bf16, int threads) {
+                    int64_t heads, int64_t width, int64_t source_batch, bool bf16, Address bias,
+                    Address tokens, int threads) {
     attention(*current,
               {rows(query), rows(key), rows(value), rows(more_key), rows(more_value), pointer(out),
-               batch, heads, width, source_batch, bf16},
+               batch, heads, width, source_batch, bf16, pointer<float>(bias), pointer<float>(tokens)},
               threads);
 }
 
@@ -106,6 +107,27 @@ void bind_add(Address input, int64_t branch_stride, int64_t count, int64_t chann
     add(*current, e, threads);
 }
 
+void bind_add_merged(Address input, int64_t branch_stride, int64_t count, int64_t channels,
+                     bool bf16, int threads, Address product, Address residual, Address out) {
+    Exchange e = rows_of_exchange(input, branch_stride, count, channels, bf16);
+    e.product = pointer(product);
+    e.residual = pointer(residual);
+    e.out = pointer(out);
+    add_merged(*current, e, threads);
+}
+
+void bind_alignment_bias(Address query, Address mean_key, Address graphic, Address scores,
+                         Address bias, const std::tuple<int64_t, int64_t, int64_t, int64_t>& shape,
+                         int64_t graphic_pairs, double score_scale, double scale, double strength,
+                         double flat, bool bf16, int threads) {
+    auto [rows, pairs, positions, channels] = shape;
+    alignment_bias(*current,
+                   {pointer(query), pointer(mean_key), pointer<float>(graphic),
+                    pointer<float>(scores), pointer<float>(bias), rows, pairs, positions, channels,
+                    graphic_pairs, score_scale, scale, strength, flat, bf16},
+                   threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -117,6 +139,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("normalise_difference", bind_normalise_difference, WithoutGil());
     m.def("mix", bind_mix, WithoutGil());
     m.def("add", bind_add, WithoutGil());
+    m.def("add_merged", bind_add_merged, WithoutGil());
+    m.def("alignment_bias", bind_alignment_bias, WithoutGil());
 }
 
 }  // namespace dualdiff

@@ -108,4 +108,37 @@ void add(const Level& level, const Exchange& e, int threads) {
     for (int64_t row = 0; row < e.count; ++row) level.add(e, row);
 }
 
+void add_merged(const Level& level, const Exchange& e, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < e.count; ++row) level.add_merged(e, row);
+}
+
+// The bias of one map [positions] from the scores of the other branch's.
+static void finish_bias(const Alignment& a, int64_t map) {
+    int64_t of_branch = a.rows * a.pairs;
+    const float* scores = a.scores + (map + of_branch) % (2 * of_branch) * a.positions;
+    float* bias = a.bias + map * a.positions;
+    double sum = 0, square = 0;
+    for (int64_t i = 0; i < a.positions; ++i) sum += scores[i];
+    double mean = sum / double(a.positions);
+    for (int64_t i = 0; i < a.positions; ++i) square += (scores[i] - mean) * (scores[i] - mean);
+    double deviation = std::sqrt(square / double(a.positions));
+    double scale = deviation < a.flat * (1 + std::fabs(mean)) ? 0 : a.scale / deviation;
+    for (int64_t i = 0; i < a.positions; ++i) bias[i] = float((scores[i] - mean) * scale);
+    if (!a.graphic) return;
+    const float* graphic = a.graphic + map % a.pairs % a.graphic_pairs * a.positions;
+    for (int64_t i = 0; i < a.positions; ++i) bias[i] += float(a.strength * (2 * graphic[i] - 1));
+}
+
+void alignment_bias(const Level& level, const Alignment& a, int threads) {
+    int64_t blocks = a.blocks(), maps = 2 * a.rows * a.pairs;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; ++block) level.mean_scores(a, block);
+#pragma omp for schedule(static)
+        for (int64_t map = 0; map < maps; ++map) finish_bias(a, map);
+    }
+}
+
 }  // namespace dualdiff

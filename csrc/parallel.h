@@ -16,5 +16,7 @@ void group_norm_silu(const Level& level, const GroupNorm& arguments, int threads
 void normalise_difference(const Level& level, const Exchange& arguments, int threads);
 void mix(const Level& level, const Exchange& arguments, int threads);
 void add(const Level& level, const Exchange& arguments, int threads);
+void add_merged(const Level& level, const Exchange& arguments, int threads);
+void alignment_bias(const Level& level, const Alignment& arguments, int threads);
 
 }  // namespace dualdiff

@@ -142,6 +142,50 @@ void add_of(const Exchange& e, int64_t row) {
     }
 }
 
+// The product is of x̂_0 - x̂_1: branch 0 moves against it.
+template <class Element>
+void add_merged_of(const Exchange& e, int64_t row) {
+    for (int branch = 0; branch < 2; ++branch) {
+        int64_t outer = branch * e.branch_stride + row * e.channels;
+        const Element* input = static_cast<const Element*>(e.input) + outer;
+        const Element* residual = static_cast<const Element*>(e.residual) + outer;
+        const Element* product =
+            static_cast<const Element*>(e.product) + (2 * row + branch) * e.channels;
+        Element* out = static_cast<Element*>(e.out) + outer;
+        Floats sign = splat(branch ? 1.0f : -1.0f);
+        for_vectors(e.channels, [&](int64_t channel, auto lanes) {
+            Floats sum = multiply_add(sign, load(product + channel, lanes),
+                                      load(residual + channel, lanes));
+            store(out + channel, sum + load(input + channel, lanes), lanes);
+        });
+    }
+}
+
+// scores = queries times the mean key of their row, at the positions of a block
+template <class Element>
+void mean_scores_of(const Alignment& a, int64_t block) {
+    constexpr int64_t AT_ONCE = 4;
+    int64_t of_row = a.pairs * a.positions, first = block * POSITION_BLOCK;
+    int64_t last = least(first + POSITION_BLOCK, a.all_positions());
+    for (int64_t at = first; at < last; at += AT_ONCE) {
+        const Element *query[AT_ONCE], *key[AT_ONCE];
+        for (int64_t i = 0; i < AT_ONCE; ++i) {
+            // those beyond the end are computed again and not kept
+            int64_t position = least(at + i, last - 1);
+            query[i] = static_cast<const Element*>(a.query) + position * a.channels;
+            key[i] = static_cast<const Element*>(a.mean_key) + position / of_row * a.channels;
+        }
+        Floats sums[AT_ONCE] = {};
+        for_vectors(a.channels, [&](int64_t channel, auto lanes) {
+            for (int64_t i = 0; i < AT_ONCE; ++i)
+                sums[i] = multiply_add(load(query[i] + channel, lanes),
+                                       load(key[i] + channel, lanes), sums[i]);
+        });
+        for (int64_t i = 0; i < AT_ONCE && at + i < last; ++i)
+            a.scores[at + i] = sum_of_lanes(sums[i]) * float(a.score_scale);
+    }
+}
+
 inline void block_moments(const GroupNorm& g, int64_t row, int64_t block, float* sums) {
     (g.bf16 ? block_moments_of<Bf16> : block_moments_of<float>)(g, row, block, sums);
 }
@@ -158,5 +202,13 @@ inline void normalise_difference(const Exchange& e, int64_t row) {
 inline void mix(const Exchange& e, int64_t row) { (e.bf16 ? mix_of<Bf16> : mix_of<float>)(e, row); }
 
 inline void add(const Exchange& e, int64_t row) { (e.bf16 ? add_of<Bf16> : add_of<float>)(e, row); }
+
+inline void add_merged(const Exchange& e, int64_t row) {
+    (e.bf16 ? add_merged_of<Bf16> : add_merged_of<float>)(e, row);
+}
+
+inline void mean_scores(const Alignment& a, int64_t block) {
+    (a.bf16 ? mean_scores_of<Bf16> : mean_scores_of<float>)(a, block);
+}
 
 }  // namespace dualdiff::DUALDIFF_LEVEL

@@ -105,6 +105,12 @@ inline void for_vectors(int64_t count, const Act& act) {
 // contracted to one instruction where the level has it
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
 // when either is NaN, b: a bound goes first, so that a NaN passes it
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }

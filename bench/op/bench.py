@@ -34,6 +34,7 @@ from dualdiff_engine.ops import proof
 
 RED = "test red: not reported"
 PLAIN = "eager"
+OWN = ", own keys"
 ROUNDS = {"cuda": clock.ROUNDS, "cpu": 5}
 DTYPES = ("float32", "bfloat16", "float16")
 COLUMNS = (
@@ -44,6 +45,7 @@ LEGEND = """\
 eager: the formula in plain PyTorch, neither fused nor folded; F.linear, bmm, sdpa: its kernels
 calls: of a guided step; GB/s: bytes that must move, inputs once and the result once
 of ceiling: of the copy and product rates measured in this run, whichever takes longer
+own keys: the same, with a copy of shared keys and values for every row that was made before
 to eager: median over rounds of eager's time over this one's; error: relative L2 to fp64"""
 
 Run = Callable[[], Tensor]
@@ -61,7 +63,10 @@ def variants(case: Problem, device: torch.device, dtype: torch.dtype) -> dict[st
     for backend in ops.BACKENDS:
         # what fails its proof is a row that says so
         if ops.backend_module(backend).supported(case.spec.op, device, dtype)[0]:
-            found[backend] = partial(ops.backend_op(backend, case.spec.op), *case.arguments)
+            op = ops.backend_op(backend, case.spec.op)
+            found[backend] = partial(op, *case.arguments)
+            if case.own:
+                found[backend + OWN] = partial(op, *case.own)
     return found
 
 
@@ -141,6 +146,8 @@ def rows_of(
         }
         if ceilings is not None and name in seconds:
             row |= _speed(seconds[name], seconds.get(PLAIN), counted.flops, counted.moved, ceilings)
+            if name + OWN in seconds:
+                row["rate_to_own_keys"] = _ratio(seconds[name + OWN], seconds[name])
         rows.append(row)
     return rows
 
@@ -154,7 +161,6 @@ def _speed(
 ) -> dict[str, Any]:
     middle = statistics.median(seconds)
     floor, bound = ceilings.floor_s(flops, moved)
-    ratios = [e / s for e, s in zip(eager or (), seconds, strict=False)]
     return {
         "ms": measure.quantiles(seconds),
         "rounds": len(seconds),
@@ -162,8 +168,13 @@ def _speed(
         "bytes_per_s": moved / middle,
         "share_of_ceiling": floor / middle,
         "bound_by": bound,
-        "speedup_over_eager": statistics.median(ratios) if ratios else None,
+        "speedup_over_eager": _ratio(eager, seconds) if eager else None,
     }
+
+
+def _ratio(ones: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
 
 
 def run(

@@ -202,8 +202,10 @@ class Problem:
     """A call with random inputs.
 
     plain: the formula in PyTorch, neither fused nor folded, on the same arguments in any dtype.
-    libraries: what PyTorch offers for it. axes: by argument, the axis of its independent rows, and
-    out_axis that of the result; rows: those on which the error is measured.
+    libraries: what PyTorch offers for it. own: for sources that rows share, the arguments with a
+    copy for every row, so with as many FLOPs and the same result. axes: by argument, the axis of
+    its independent rows, and out_axis that of the result; rows: those on which the error is
+    measured.
     """
 
     spec: Spec
@@ -213,6 +215,7 @@ class Problem:
     axes: Mapping[int, int]
     out_axis: int
     rows: Tensor
+    own: tuple[Any, ...] = ()
 
     def sample(self, dtype: torch.dtype) -> list[Any]:
         """The arguments with only the sampled rows, in the layout that they have."""
@@ -364,7 +367,10 @@ def _shared_attention(spec: Spec, arguments: tuple[Any, ...]) -> Problem:
     arguments = (query, key, value, num_heads, *more)
     rows = _ends(query.shape[1], query.device, 256)
     library = {} if query.is_cuda else {"sdpa": reference.attention}
-    return Problem(spec, arguments, plain_attention, library, {0: 1}, 1, rows)
+    joined = [torch.cat(x, dim=1) if more else x[0] for x in ((key, *more[:1]), (value, *more[1:]))]
+    groups = query.shape[0] // key.shape[0]
+    own = (query, *(x.repeat(groups, 1, 1) for x in joined), num_heads)
+    return Problem(spec, arguments, plain_attention, library, {0: 1}, 1, rows, own)
 
 
 def _align(spec: Spec, arguments: tuple[Any, ...], draw: Callable[..., Tensor]) -> Problem:

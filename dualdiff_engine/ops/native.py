@@ -1,4 +1,4 @@
-"""CPU kernels in C++ (csrc/): attention, group_norm_silu, and exchange between its products.
+"""CPU kernels in C++ (csrc/): attention, align, group_norm_silu; exchange, merge but for products.
 
 Built only when asked for, see setup.py. The best instructions of the processor are chosen when the
 extension is loaded. Products of two matrices stay oneDNN's: a fused geglu, built and measured, won
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dualdiff_engine.ops import contracts, flops, onednn
-from dualdiff_engine.ops.reference import INTERACTION_EPS
+from dualdiff_engine.ops.reference import FLAT, INTERACTION_EPS
 
 # as oneDNN's ONEDNN_MAX_CPU_ISA: instructions to use instead of the best, or "off"
 ISA = "DUALDIFF_NATIVE_ISA"
@@ -45,9 +45,17 @@ def _load() -> tuple[Any, str, str]:
 _native, _level, _missing = _load()
 
 # op -> whether part of it is oneDNN's
-OPS = {"attention": False, "exchange": True, "group_norm_silu": False}
+OPS = {
+    "attention": False,
+    "exchange": True,
+    "merge": True,
+    "align": False,
+    "group_norm_silu": False,
+}
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS_PER_THREAD = 256
+# with one product and fewer intermediates, calls weigh more than caches
+MERGED_PER_THREAD = 1024
 # of the second source, where there is none
 NO_ROWS = (0, 0, 0, 0)
 
@@ -87,12 +95,12 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _runs(rows: int) -> Iterator[tuple[int, int]]:
+def _runs(rows: int, per_thread: int = ROWS_PER_THREAD) -> Iterator[tuple[int, int]]:
     """(first, count) of runs of rows short enough for their intermediates to stay in the caches.
 
     New memory costs as much as a product: its pages are mapped one by one.
     """
-    step = ROWS_PER_THREAD * _threads()
+    step = per_thread * _threads()
     for first in range(0, rows, step):
         yield first, min(step, rows - first)
 
@@ -124,7 +132,7 @@ def attention(
         batch, _, channels = query.shape
         _native.attention(
             *rows, out.data_ptr(), batch, num_heads, channels // num_heads, key.shape[0], bf16,
-            _threads(),
+            0, 0, _threads(),
         )  # fmt: skip
     return out
 
@@ -166,12 +174,12 @@ def exchange(
         difference = x.new_empty(count, channels)
         moments = x.new_empty(count, 2, 2, dtype=torch.float32)
         _native.normalise_difference(*run, difference.data_ptr(), moments.data_ptr(), eps)
-        projected = onednn.linear(difference, gate_weight)
+        projected = onednn.product(difference, gate_weight)
         mixed = x.new_empty(2, count, channels)
         _native.mix(
             *run, projected.data_ptr(), gate_bias.data_ptr(), moments.data_ptr(), mixed.data_ptr()
         )
-        product = onednn.linear(mixed, value_weight, value_bias)
+        product = onednn.product(mixed, value_weight, value_bias)
         _native.add(*run, product.data_ptr(), residual.data_ptr() + offset, out.data_ptr() + offset)
     return out
 
@@ -182,6 +190,94 @@ def _(input: Tensor, *_: object) -> Tensor:
 
 
 flops.register("exchange", "native_exchange")
+
+
+@torch.library.custom_op("dualdiff::native_merge", mutates_args=())
+def merge(input: Tensor, weight: Tensor, residual: Tensor, eps: float = INTERACTION_EPS) -> Tensor:
+    """As `reference.merge`: residual_f + x_f + G_f (x̂_g - x̂_f), g the other branch.
+
+    input and residual [2, M, C], weight [2, C, C] -> [2, M, C]. What is not contiguous is copied.
+    Statistics and sums in fp32; operands and result of the product in the input's dtype. Raises
+    ValueError on other shapes.
+    """
+    contracts.merge(input, weight, residual)
+    bf16, channels = _is_bf16("merge", input), input.shape[-1]
+    x, residual = input.contiguous(), residual.contiguous()
+    weight = weight.contiguous().view(2 * channels, channels)
+    out = x.new_empty(x.shape)
+    positions = x.shape[1] if channels else 0
+    for first, count in _runs(positions, MERGED_PER_THREAD):
+        offset = first * channels * x.element_size()
+        run = (x.data_ptr() + offset, positions * channels, count, channels, bf16, _threads())
+        difference = x.new_empty(count, channels)
+        moments = x.new_empty(count, 2, 2, dtype=torch.float32)
+        _native.normalise_difference(*run, difference.data_ptr(), moments.data_ptr(), eps)
+        product = onednn.product(difference, weight)
+        _native.add_merged(
+            *run, product.data_ptr(), residual.data_ptr() + offset, out.data_ptr() + offset
+        )
+    return out
+
+
+@merge.register_fake
+def _(input: Tensor, *_: object) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+flops.register("merge", "native_merge")
+
+
+@torch.library.custom_op("dualdiff::native_align", mutates_args=())
+def align(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    mean_key: Tensor,
+    tokens: Tensor,
+    scale: Tensor,
+    graphic: Tensor | None = None,
+    strength: float = 0.0,
+) -> Tensor:
+    """As `reference.align`: attention to the prompt, with a bias on the scores of some tokens.
+
+    query [2, R, B, S, C], key and value [2·R, L, C], mean_key [2·R, C], tokens [L], scale [1],
+    graphic [B, S] or [S] or none -> [2, R, B, S, C]. What is not contiguous is copied, but for rows
+    of keys and values. Mean scores, bias, softmax and sums in fp32, statistics of maps in fp64.
+    Raises ValueError on other inputs.
+    """
+    contracts.align(query, key, value, num_heads, mean_key, tokens, scale, graphic)
+    bf16, (_, rows, pairs, positions, channels) = _is_bf16("align", query), query.shape
+    query, mean_key = query.contiguous(), mean_key.contiguous()
+    out = query.new_empty(query.shape)
+    if not out.numel():
+        return out
+    width = channels // num_heads
+    graphic = None if graphic is None else graphic.float().contiguous().view(-1, positions)
+    scores, bias = query.new_empty(2, *query.shape[:-1], dtype=torch.float32)
+    # a bias is added to scores before they are multiplied by 1 / sqrt(D)
+    _native.alignment_bias(
+        query.data_ptr(), mean_key.data_ptr(), 0 if graphic is None else graphic.data_ptr(),
+        scores.data_ptr(), bias.data_ptr(), query.shape[1:],
+        1 if graphic is None else graphic.shape[0], (channels * num_heads) ** -0.5,
+        float(scale) * width**0.5, strength * width**0.5, FLAT, bf16, _threads(),
+    )  # fmt: skip
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    tokens = tokens.float().contiguous()
+    merged = query.view(2 * rows, pairs * positions, channels)
+    _native.attention(
+        *map(_rows, (merged, key, value)), NO_ROWS, NO_ROWS, out.data_ptr(), 2 * rows, num_heads,
+        width, 2 * rows, bf16, bias.data_ptr(), tokens.data_ptr(), _threads(),
+    )  # fmt: skip
+    return out
+
+
+@align.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+flops.register("align", "native_align")
 
 
 def _empty_map(input: Tensor) -> Tensor:

@@ -32,6 +32,16 @@ def supported(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, 
     return True, "fp32 and bf16 products at the rate of the vector units"
 
 
+def product(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """As `linear`, unchecked, for use inside another operator."""
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    if residual is None:
+        return pointwise(input, weight, bias, "none", [], "")
+    return pointwise.binary(input, residual, weight, bias, "add")
+
+
 # an operator of its own: PyTorch's, with a residual, has no shapes for torch.compile
 @torch.library.custom_op("dualdiff::onednn_linear", mutates_args=())
 def linear(
@@ -39,10 +49,7 @@ def linear(
 ) -> Tensor:
     """As `reference.linear`; weight must be contiguous. Raises ValueError on other shapes."""
     contracts.linear(input, weight, bias, residual)
-    product = torch.ops.mkldnn._linear_pointwise
-    if residual is None:
-        return product(input, weight, bias, "none", [], "")
-    return product.binary(input, residual, weight, bias, "add")
+    return product(input, weight, bias, residual)
 
 
 @linear.register_fake

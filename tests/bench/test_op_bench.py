@@ -136,6 +136,16 @@ def test_the_calls_of_another_coupling() -> None:
             assert {row["status"] for row in rows} == {"ok"}
 
 
+def test_shared_keys_are_timed_beside_copies_of_them() -> None:
+    spec = Spec("attention", ((4, 9, 32), *[(2, 9, 32)] * 2, 2, *[(2, 9, 32)] * 2))
+    with torch.inference_mode():
+        rows = op_bench.rows_of(spec, 1, CPU, torch.float32, clock.Ceilings(1e9, 1e9), rounds=3)
+    by = {row["by"]: row for row in rows}
+    assert by["reference" + op_bench.OWN]["status"] == "ok"
+    assert by["reference"]["rate_to_own_keys"] > 0
+    assert "rate_to_own_keys" not in by["reference" + op_bench.OWN]
+
+
 def test_a_wrong_result_has_no_speed() -> None:
     case = problem(SPECS["geglu"], CPU, torch.float32)
     wrong: dict[str, op_bench.Run] = {

@@ -80,6 +80,16 @@ def test_attention(
     )
 
 
+def alignment_arguments(dtype: torch.dtype, pairs: int = 3) -> tuple[Any, ...]:
+    query = draw(2, 2, pairs, 63, 96, dtype=dtype)
+    key, value = draw(4, 77, 192, dtype=dtype, seed=1).chunk(2, -1)
+    tokens = torch.zeros(77, dtype=dtype)
+    tokens[4:7] = 1
+    graphic = draw(pairs, 63, dtype=dtype, seed=2).sigmoid()
+    scale = torch.tensor([0.7]).to(dtype)
+    return query, key, value, 2, key[:, 4:7].mean(1), tokens, scale, graphic, 2.5
+
+
 def cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     def matrix(*shape: int, seed: int = 3) -> Tensor:
         return draw(*shape, dtype=dtype, seed=seed) / shape[-1] ** 0.5
@@ -90,6 +100,8 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     return {
         "attention": (*[draw(3, 63, 96, dtype=dtype, seed=s) for s in range(3)], 2),
         "exchange": (x, matrix(48, 48), line, matrix(48, 48, seed=5), line, draw(2, 63, 48).to(x)),
+        "merge": (x, torch.stack([matrix(48, 48), matrix(48, 48, seed=5)]), draw(2, 63, 48).to(x)),
+        "align": alignment_arguments(dtype),
         "group_norm_silu": (maps, 8, line, line, 1e-5),
     }
 
@@ -129,22 +141,28 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype: torch.dtype) ->
     maps = draw(5, 48, 9, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
     line, threads = draw(48, dtype=dtype), torch.get_num_threads()
     whole = native.attention(q, k, v, 2), native.group_norm_silu(maps, 8, line, line, 1e-5)
+    query, *rest, graphic, strength = alignment_arguments(dtype)
+    aligned = native.align(query, *rest, graphic, strength)
     try:
         torch.set_num_threads(1)
         alone = native.attention(q[3:4], k[3:4], v[3:4], 2)
         one_map = native.group_norm_silu(maps[3:4], 8, line, line, 1e-5)
+        one_pair = native.align(query[:, :, 2:], *rest, graphic[2:], strength)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(whole[0][3:4], alone)
     assert torch.equal(whole[1][3:4], one_map)
+    assert torch.equal(aligned[:, :, 2:], one_pair)
 
 
 @needs_extension
 @pytest.mark.parametrize("op", native.OPS)
 def test_empty_inputs(op: str) -> None:
     arguments = list(cases(torch.float32)[op])
-    if op == "exchange":
-        arguments[0], arguments[5] = arguments[0][:, :0], arguments[5][:, :0]
+    if op in ("exchange", "merge"):
+        arguments[0], arguments[-1] = arguments[0][:, :0], arguments[-1][:, :0]
+    elif op == "align":
+        arguments[0], arguments[7] = arguments[0][:, :, :0], arguments[7][:0]
     else:
         first = 3 if op == "attention" else 1
         arguments[:first] = [x[:0] for x in arguments[:first]]
@@ -171,6 +189,8 @@ def test_not_finite_values_show() -> None:
         (lambda x: native.attention(x, x[:, :0], x[:, :0], 2), "at least one key"),
         (lambda x: native.attention(x, x, x, 2, x), "both more_key and more_value"),
         (lambda x: native.exchange(x, x[0], x[0, 0], x[0], x[0, 0], x), "weights \\[C, C\\]"),
+        (lambda x: native.merge(x, x[:1], x), "weight \\[2, C, C\\]"),
+        (lambda x: native.align(*[x] * 3, 2, *[x] * 3), "query \\[2, R, B, S, C\\]"),
         (lambda x: native.group_norm_silu(x, 2, x[0, 0], x[0, 0], 1e-5), "\\[N, C, h, w\\]"),
     ],
 )
