@@ -256,11 +256,9 @@ class Engine:
 
     def set_adapter(self, name: str) -> None:
         """Make a resident adapter the active one: tensors are pointed at, nothing is computed."""
-        if name not in self._residents:
-            known = ", ".join(self._residents) or "none"
-            raise SettingsError(f"no adapter {name!r} is loaded (loaded: {known})")
+        resident = self.resident(name)
         with self._busy.held():
-            self._take(self._residents[name])
+            self._take(resident)
             self._activate(name)
 
     def unload_adapter(self, name: str) -> None:
@@ -285,6 +283,13 @@ class Engine:
     def active(self) -> Resident:
         """The active adapter's folded tensors. Raises SettingsError when none is."""
         return self._require_adapter()
+
+    def resident(self, name: str) -> Resident:
+        """The folded tensors of an adapter. Raises SettingsError when none is loaded so."""
+        if name not in self._residents:
+            known = ", ".join(self._residents) or "none"
+            raise SettingsError(f"no adapter {name!r} is loaded (loaded: {known})")
+        return self._residents[name]
 
     def generate(
         self,

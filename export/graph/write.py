@@ -134,6 +134,12 @@ def write_folder(engine: Engine, folder: Path, options: ExportOptions, say: Say)
         raise SettingsError(
             "export needs an engine in float32 on the CPU, because it validates against it"
         )
+    for name in engine.adapters:
+        if (coupling := engine.resident(name).summary.coupling) is not None:
+            raise SettingsError(
+                f"adapter {name!r} cannot be exported: graphs couple the branches as DualAnoDiff "
+                f"does, it couples them otherwise ({coupling}); run it with the engine itself"
+            )
     active = engine.active_adapter
     names = sorted(engine.adapters, key=lambda name: name != active)
     report: dict[str, Any] = {}

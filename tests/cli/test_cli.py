@@ -718,3 +718,24 @@ def test_a_second_interrupt_stops_at_once(
         signal.signal(signal.SIGINT, handler)
     assert capfd.readouterr().err.endswith("dualdiff: interrupted\n")
     assert rows(tmp_path) == []
+
+
+def test_the_second_system_by_the_command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Train, inspect, draw: an adapter of another coupling is used as any other."""
+    from training_cases import DEFECT, SIZE, base_of, write_data
+
+    data, base = write_data(tmp_path / "data"), base_of(False)
+    least = ("--rank", 4, "--size", SIZE, "--batch", 2, "--sample-every", 0, "--steps", 2)
+    wanted = ("--system", "dh-diff", "--annotation", "mask")
+    given = ("--base", base, "--data", data, "--defect", DEFECT, "--out", tmp_path / "run")
+    assert run("train", *given, *least, *wanted, "--quiet") == 0
+    assert run("inspect", tmp_path / "run") == 0
+    assert "separate/merge/plain/merge in 10 blocks, draws the mask" in capfd.readouterr().out
+    out = tmp_path / "pairs"
+    drawn = ("--base", base, "--adapter", tmp_path / "run", "--out", out, "--steps", 2)
+    assert run("generate", *drawn, "--quiet") == 0
+    assert len(rows(out)) == 1
+    said = complaint(capfd, "train", *given, *least, "--cycle", "a/b")
+    assert "cycle: block 'a/b' is not attention/exchange/text/exchange" in said

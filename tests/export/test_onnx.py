@@ -23,6 +23,7 @@ from dualdiff_engine.export.graph import validate
 from dualdiff_engine.export.graph.write import ExportOptions, export_onnx
 from small import LEAST
 from support import DATA, Golden, golden_engine
+from training_cases import base_of, coupled_adapter
 
 GRAPHS = {
     "dual": {"denoiser", "text_encoder", "vae_decoder", "vae_encoder"},
@@ -228,3 +229,12 @@ def test_folders_are_checked(dual: Engine, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="multiples of 8"):
         export_onnx(dual, tmp_path / "out", ExportOptions(height=100))
     assert not (tmp_path / "out").exists()
+
+
+def test_another_coupling_is_refused_before_anything_is_traced(tmp_path: Path) -> None:
+    """By name: graphs hold DualAnoDiff's alone."""
+    adapter = coupled_adapter(tmp_path / "dh.safetensors")
+    refused = pytest.raises(SettingsError, match=r"'dh' cannot be exported: .*connect/none")
+    with Engine.from_pretrained(base_of(False), adapter=adapter) as engine, refused:
+        export_onnx(engine, tmp_path / "graphs")
+    assert not (tmp_path / "graphs").exists()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dualdiff_engine.adapters import files
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.training import TrainingOptions
 from dualdiff_engine.training.network import TrainableNetwork
@@ -80,3 +81,11 @@ def inputs_of(background: bool, batch: int = 2) -> tuple[torch.Tensor | None, ..
     context = torch.randn(2, 1, 77, 32, generator=generator)
     surroundings = torch.randn(batch, 4, 8, 8, generator=generator) if background else None
     return latents, times, context, surroundings
+
+
+def coupled_adapter(path: Path, **changes: Any) -> Path:
+    """A file of an adapter with the coupling of `dh-diff`, as if it had been trained for long."""
+    with torch.inference_mode(False), torch.enable_grad():
+        network = network_of(**{"system": "dh-diff", **changes})
+        files.write(path, network.tensors(), files.Origin(coupling=network.coupling))
+    return path
