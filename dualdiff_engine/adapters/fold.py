@@ -21,7 +21,7 @@ from dualdiff_engine.adapters.format import (
     SiteAdapter,
 )
 from dualdiff_engine.errors import AdapterError
-from dualdiff_engine.exchanges import KINDS
+from dualdiff_engine.exchanges import of_kind
 from dualdiff_engine.settings import Prompts
 
 Tensors = Mapping[str, Tensor]
@@ -187,7 +187,7 @@ def _merge_lora(base: Tensors, site: SiteAdapter | None) -> dict[str, Tensor]:
 
 
 def _fold_output(base: Tensors, merged: Tensors, site: SiteAdapter | None) -> dict[str, Tensor]:
-    exchange = KINDS[site.exchange].fold(site.parts, base["q"]) if site is not None else {}
+    exchange = of_kind(site.exchange).fold(site.parts, base["q"]) if site is not None else {}
     return {"out_weight": merged["out"], "out_bias": base["bias"], **exchange}
 
 

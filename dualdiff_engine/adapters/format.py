@@ -20,7 +20,8 @@ from torch import Tensor
 from dualdiff_engine.adapters import files
 from dualdiff_engine.adapters.distilled import Distilled
 from dualdiff_engine.errors import AdapterError
-from dualdiff_engine.exchanges import INTERACTION, KINDS, Affine
+from dualdiff_engine.exchanges import INTERACTION, KINDS, of_kind
+from dualdiff_engine.exchanges.kind import Affine
 from dualdiff_engine.model.coupling import ALIGN, Block, Coupling, blocks_of
 from dualdiff_engine.settings import BRANCHES
 
@@ -286,7 +287,7 @@ def named(adapter: Adapter) -> dict[str, Tensor]:
         for branch, lora in enumerate(site.lora):
             for part, pair in lora.items():
                 low_rank(f"{prefix}.to_{part}_lora.{branch}", pair)
-        for part, tensor in KINDS[site.exchange].named(site.parts).items():
+        for part, tensor in of_kind(site.exchange).named(site.parts).items():
             tensors[f"{prefix}.{part}"] = tensor
         if site.scale is not None:
             tensors[f"{prefix}.{_SCALE}"] = site.scale
@@ -301,7 +302,7 @@ def named(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _known_part(part: str) -> bool:
-    patterns = (_LORA_PART, _MLP_PART, *(kind.pattern for kind in KINDS.values()))
+    patterns = (_LORA_PART, _MLP_PART, *(of_kind(name).pattern for name in KINDS))
     return part in ("temporal_a", _SCALE) or any(p.fullmatch(part) for p in patterns)
 
 
@@ -369,7 +370,7 @@ def _site(name: str, parts: _Parts, background: bool, block: Block) -> SiteAdapt
     exchange = block.exchange if is_self else block.text_exchange
     aligns = not is_self and block.text == ALIGN
     _check_kind(parts, exchange, aligns)
-    channels = KINDS[exchange].channels(parts)
+    channels = of_kind(exchange).channels(parts)
     context = channels if is_self else None
     inner = {"q": channels, "k": context, "v": context, "out": channels}
     lora = tuple(
@@ -382,7 +383,7 @@ def _site(name: str, parts: _Parts, background: bool, block: Block) -> SiteAdapt
             f"{parts.prefix}: k and v have different input widths {sorted(widths)}: the file is "
             "damaged; use an intact copy"
         )
-    held = KINDS[exchange].read(parts, channels)
+    held = of_kind(exchange).read(parts, channels)
     scale = parts.take(_SCALE, 1) if aligns else None
     blend = None
     blend_parts = [p for p in parts.tensors if p == "temporal_a" or _MLP_PART.fullmatch(p)]
@@ -406,7 +407,7 @@ def _site(name: str, parts: _Parts, background: bool, block: Block) -> SiteAdapt
 def _check_kind(parts: _Parts, exchange: str, aligns: bool) -> None:
     """Refuse tensors of another coupling than the one that the file names."""
     for part in sorted(parts.tensors):
-        others = (n for n, kind in KINDS.items() if n != exchange and kind.pattern.fullmatch(part))
+        others = (n for n in KINDS if n != exchange and of_kind(n).pattern.fullmatch(part))
         other = "align" if part == _SCALE and not aligns else next(others, None)
         if other is not None:
             raise AdapterError(

@@ -2,19 +2,31 @@
 
 A kind is one file: its tensors in an adapter's file, how they are folded, what the folded ones
 compute, and its unfolded form, which is trained and is the oracle. `KINDS` is its registration.
+Loading this package does not load PyTorch: options name kinds too.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from dualdiff_engine.exchanges.interaction import Interaction
-from dualdiff_engine.exchanges.kind import Affine as Affine
-from dualdiff_engine.exchanges.kind import Kind as Kind
-from dualdiff_engine.exchanges.kind import Reader as Reader
-from dualdiff_engine.exchanges.kind import linear as linear
-from dualdiff_engine.exchanges.merge import Merge
-from dualdiff_engine.exchanges.nothing import Nothing
+if TYPE_CHECKING:
+    from dualdiff_engine.exchanges.kind import Kind
 
-INTERACTION = "interaction"
-KINDS: Mapping[str, Kind] = {"none": Nothing(), INTERACTION: Interaction(), "merge": Merge()}
+NONE, INTERACTION = "none", "interaction"
+# name -> (module, class)
+KINDS: Mapping[str, tuple[str, str]] = {
+    NONE: ("nothing", "Nothing"),
+    INTERACTION: ("interaction", "Interaction"),
+    "merge": ("merge", "Merge"),
+}
+
+
+@functools.cache
+def of_kind(name: str) -> Kind:
+    """A kind of `KINDS`."""
+    module, cls = KINDS[name]
+    made: Kind = getattr(importlib.import_module(f"{__name__}.{module}"), cls)()
+    return made

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualdiff_engine.exchanges import KINDS, Kind
+from dualdiff_engine.exchanges import NONE, of_kind
+from dualdiff_engine.exchanges.kind import Kind
 from dualdiff_engine.model.call import Call
 from dualdiff_engine.ops import Ops
 
@@ -30,7 +31,7 @@ class AttentionSite(nn.Module):
         self.out_ops = ops
         self.empty("out_weight", branches, channels, channels)
         self.empty("out_bias", channels)
-        self.exchange: Kind = KINDS["none"]
+        self.exchange: Kind = of_kind(NONE)
         self._coupled: dict[str, tuple[int, ...]] = {}
 
     def empty(self, name: str, *shape: int) -> None:
@@ -38,7 +39,7 @@ class AttentionSite(nn.Module):
 
     def couple(self, exchange: str, **more: tuple[int, ...]) -> None:
         """Exchange by a kind. more: shapes of what else the coupling brings."""
-        self.exchange = KINDS[exchange]
+        self.exchange = of_kind(exchange)
         needed = {**self.exchange.shapes(self.channels), **more} if self.branches == 2 else {}
         for name in self._coupled.keys() - needed.keys():
             delattr(self, name)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualdiff_engine.adapters.format import PROJECTIONS
-from dualdiff_engine.exchanges import INTERACTION, KINDS, linear
+from dualdiff_engine.exchanges import INTERACTION, of_kind
+from dualdiff_engine.exchanges.kind import linear
 from dualdiff_engine.ops.reference import FLAT
 from dualdiff_engine.settings import BRANCHES
 
@@ -69,7 +70,7 @@ class TrainableSite(nn.Module):
         """
         super().__init__()
         self.strands, self.connects = strands, connects
-        self.kind = KINDS[exchange]
+        self.kind = of_kind(exchange)
         for part in PROJECTIONS:
             inner = context if part in ("k", "v") else channels
             layers = [LowRankLayer(inner, channels, rank) for _ in BRANCHES]

@@ -114,6 +114,9 @@ def _taught(path: str | Path | None, options: TrainingOptions) -> Teacher | None
 class _Run:
     """One run into one folder. Building it checks everything and computes nothing."""
 
+    # of the placeholder, [2 branches, 2 (prompt, empty), L], where the coupling aligns
+    places: Tensor | None = None
+
     def __init__(
         self,
         base: str | Path,
@@ -295,7 +298,8 @@ class _Run:
         places = None if self.places is None else self.places.to(device)[:, chosen]
         # both branches at the same timesteps
         noised = _by_branch(self.noiser.add_noise, clean, noise, times)
-        predicted = self.network(noised, times, context[:, chosen], background, places).float()
+        given = (noised, times, context[:, chosen], background)
+        predicted = self.network(*given, *([] if places is None else [places])).float()
         target = noise
         if self.target == "v_prediction":
             target = _by_branch(self.noiser.get_velocity, clean, noise, times)
