@@ -147,13 +147,13 @@ def few_rows(spec: Spec) -> Spec:
         both = (2, positions, first[2])
         return Spec(spec.op, (both, second, *rest[:-1], both))
     if spec.op == "align":
-        query = (2, 1, 1, FEW_ROWS, first[4])
+        own = (2, 1, 1, FEW_ROWS, first[4])
         graphic = ((FEW_ROWS,), rest[6]) if len(rest) > 5 else ()
-        return Spec(spec.op, proof.alignment(query, second[1], rest[1], *graphic))
+        return Spec(spec.op, proof.alignment(own, second[1], rest[1], *graphic))
     if spec.op == "branch_linear" and len(rest) == 3:
         bias, (groups, _, width), keep = rest
-        own = (first[0], groups * FEW_ROWS, first[2])
-        return Spec(spec.op, (own, second, bias, (groups, FEW_ROWS, width), keep))
+        flat = (first[0], groups * FEW_ROWS, first[2])
+        return Spec(spec.op, (flat, second, bias, (groups, FEW_ROWS, width), keep))
     if spec.op == "branch_linear":
         return Spec(spec.op, ((first[0], FEW_ROWS, first[2]), second, *rest))
     if spec.op in ("linear", "geglu"):
