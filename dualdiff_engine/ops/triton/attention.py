@@ -356,17 +356,20 @@ def attention(
     sources = [(key, value)]
     if more_key is not None and more_value is not None:
         sources.append((more_key, more_value))
-    return launch("attention", query, sources, num_heads)
+    keys = sum(source.shape[1] for source, _ in sources)
+    default = default_config(query.shape[-1] // num_heads, query.dtype, keys)
+    return launch("attention", default, query, sources, num_heads)
 
 
 def launch(
     op: str,
+    default: Config,
     query: Tensor,
     sources: list[tuple[Tensor, Tensor]],
     num_heads: int,
     drawn: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """The kernel, with the configuration that was measured for an op.
+    """The kernel, with the configuration that was measured for an op, or its default.
 
     sources: one or two pairs of keys and values. drawn: bias [N, S] in fp32, and tokens [L] of the
     one source. Raises ValueError on what it cannot read.
@@ -376,12 +379,7 @@ def launch(
     source_rows = sources[0][0].shape[0]
     dim, lengths = channels // num_heads, [source.shape[1] for source, _ in sources]
     keys = sum(lengths)
-    config = tuning.choose(
-        op,
-        shape_class(dim, query.dtype, keys),
-        default_config(dim, query.dtype, keys),
-        query.device,
-    )
+    config = tuning.choose(op, shape_class(dim, query.dtype, keys), default, query.device)
     out = query.new_empty(query.shape)
     # without a second source the first stands in its place, unread
     inputs = (query, *sources[0], *sources[-1])
