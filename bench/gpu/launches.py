@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from dualdiff_engine import ops
-from dualdiff_engine.bench.op.cases import META, Spec
+from dualdiff_engine.bench.op.calls import META, Spec
 from dualdiff_engine.ops.triton import OPS, tuning
 from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation
 from dualdiff_engine.ops.triton.tuning import Config

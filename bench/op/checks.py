@@ -15,7 +15,8 @@ from torch import Tensor
 from dualdiff_engine import ops
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.bench.op.bench import check, reason, relative
-from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace
+from dualdiff_engine.bench.op.calls import Spec, trace
+from dualdiff_engine.bench.op.cases import Problem, problem
 from dualdiff_engine.bench.step.case import Case, RandomWeights, random_adapter
 from dualdiff_engine.bench.step.peers import variant
 from dualdiff_engine.model.cuda_graph import CudaCapture, GraphedDenoiser
