@@ -42,10 +42,14 @@ def wide(given: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "length", "heads"),
-    [((2, 2, 3, 13, 40), 77, 1), ((2, 1, 1, 1, 16), 1, 1), ((2, 1, 2, 35, 96), 9, 2)],
+    ("shape", "length", "heads", "graphic"),
+    [
+        ((2, 2, 3, 13, 40), 77, 1, "own"),
+        ((2, 2, 3, 13, 40), 77, 1, ""),
+        ((2, 1, 1, 1, 16), 1, 1, "shared"),
+        ((2, 1, 2, 35, 96), 9, 2, "shared"),
+    ],
 )
-@pytest.mark.parametrize("graphic", ["", "shared", "own"])
 def test_align(
     dtype: torch.dtype, shape: tuple[int, ...], length: int, heads: int, graphic: str
 ) -> None:
