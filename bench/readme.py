@@ -14,6 +14,7 @@ from dualdiff_engine.bench import demo_stages
 from dualdiff_engine.bench.step import report
 from dualdiff_engine.evaluation import report as evaluation
 from dualdiff_engine.evaluation.report import markdown_table
+from dualdiff_engine.ops import BACKENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
@@ -44,11 +45,35 @@ def _faults(rows: list[dict[str, Any]]) -> str:
     return markdown_table([head, *lines, ["**all**", *total, "", ""]])
 
 
+def _coupled_ops(record: dict[str, Any]) -> str:
+    """Every backend's time beside the plain formula's, and of connect beside as many own keys."""
+    head = ["op", "shapes", "by", "ms p50", "to plain formula", "to attention of own keys"]
+    lines = [
+        [
+            *(str(row[name]) for name in ("op", "shapes", "by")),
+            f"{row['ms']['p50']:.2f}",
+            f"{row['speedup_over_eager']:.2f}x",
+            f"{row['rate_to_own_keys']:.2f}" if "rate_to_own_keys" in row else "",
+        ]
+        for row in record["rows"]
+        if row["by"] in BACKENDS and row["status"] == "ok"
+    ]
+    case, dtype = record["case"], record["rows"][0]["dtype"]
+    facts = (
+        f"{case['model']}, {case['batch']} pair(s), {case['size']} px, {dtype}; "
+        f"{record['device_name']}, {record['threads']} thread(s), {record['instructions']}, "
+        f"torch {record['versions']['torch']}, commit {record['commit']}."
+    )
+    return f"{markdown_table([head, *lines])}\n\n{facts}"
+
+
 def section(path: Path) -> str:
     """What a record looks like in the README."""
     record = json.loads(path.read_text("utf-8"))
     if "faults" in record:
         return _faults(record["faults"])
+    if record.get("case", {}).get("coupled"):
+        return _coupled_ops(record)
     if "rows" in record:
         return _masks(record["rows"])
     if "tasks" in record:

@@ -25,7 +25,8 @@ from dualdiff_engine.bench import clock
 from dualdiff_engine.bench.gpu import launches
 from dualdiff_engine.bench.gpu.launches import Pick, asked, candidates, choosing
 from dualdiff_engine.bench.op.bench import PLAIN, check, reason
-from dualdiff_engine.bench.op.cases import Problem, Spec, few_rows, problem, work
+from dualdiff_engine.bench.op.calls import Spec, few_rows, work
+from dualdiff_engine.bench.op.cases import Problem, problem
 from dualdiff_engine.ops.triton import interpreted
 from dualdiff_engine.ops.triton.tuning import Config
 

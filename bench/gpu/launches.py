@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from dualdiff_engine import ops
-from dualdiff_engine.bench.op.cases import META, Spec
+from dualdiff_engine.bench.op.calls import META, Spec
 from dualdiff_engine.ops.triton import OPS, tuning
 from dualdiff_engine.ops.triton.listing import TRITON_TYPES, Compilation
 from dualdiff_engine.ops.triton.tuning import Config
@@ -93,11 +93,12 @@ def candidates(spec: Spec, dtype: torch.dtype) -> list[Config]:
     if not hasattr(module, "candidates"):
         return []
     first, second, *rest = spec.arguments
-    if spec.op == "attention":
-        return module.candidates(first[-1] // rest[1], dtype, second[1])
+    if spec.op in ("attention", "align"):
+        keys = second[1] + sum(x[1] for x in rest[2:3] if spec.op == "attention")
+        return module.candidates(first[-1] // rest[1], dtype, keys)
     if spec.op == "group_norm_silu":
         return module.candidates(first[-2] * first[-1], first[1], second)
-    if spec.op == "exchange":
+    if spec.op in ("exchange", "merge"):
         return module.candidates(dtype)
     rows, columns = torch.Size(first[:-1]).numel(), second[-2]
     return module.candidates(rows, columns // 2 if spec.op == "geglu" else columns, dtype)

@@ -20,7 +20,7 @@ from dualdiff_engine.bench.gpu.record import Record, Setting
 from dualdiff_engine.bench.op import bench as op_bench
 from dualdiff_engine.bench.op import checks as op_checks
 from dualdiff_engine.bench.op import roofline
-from dualdiff_engine.bench.op.cases import Spec, trace, work
+from dualdiff_engine.bench.op.calls import Spec, trace, work
 from dualdiff_engine.bench.step import measure
 from dualdiff_engine.ops.triton import tuning
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dualdiff_engine import ops
-from dualdiff_engine.bench.op.cases import Spec, trace
+from dualdiff_engine.bench.op.calls import Spec, trace
 from dualdiff_engine.bench.step.case import MODELS, TEXT_TOKENS, network_config
 from dualdiff_engine.model import tuning
 from dualdiff_engine.ops.measure import shape_class

@@ -25,7 +25,8 @@ from torch import Tensor
 from dualdiff_engine import ops
 from dualdiff_engine.bench import clock, machine
 from dualdiff_engine.bench.op import auto
-from dualdiff_engine.bench.op.cases import Problem, Spec, coupled, problem, trace, work
+from dualdiff_engine.bench.op.calls import Spec, coupled, trace, work
+from dualdiff_engine.bench.op.cases import Problem, problem
 from dualdiff_engine.bench.step import measure, report
 from dualdiff_engine.bench.step.case import MODELS, SCALE, WHY
 from dualdiff_engine.device import device_of, dtype_of, keep_freed_blocks

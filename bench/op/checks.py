@@ -15,11 +15,13 @@ from torch import Tensor
 from dualdiff_engine import ops
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.bench.op.bench import check, reason, relative
-from dualdiff_engine.bench.op.cases import Problem, Spec, problem, trace
+from dualdiff_engine.bench.op.calls import Spec, trace
+from dualdiff_engine.bench.op.cases import Problem, problem
 from dualdiff_engine.bench.step.case import Case, RandomWeights, random_adapter
 from dualdiff_engine.bench.step.peers import variant
 from dualdiff_engine.model.cuda_graph import CudaCapture, GraphedDenoiser
 from dualdiff_engine.model.unet import DualUNet
+from dualdiff_engine.ops import proof
 
 Row = dict[str, Any]
 BACKEND = "triton"
@@ -35,6 +37,9 @@ ODD = (
     Spec("attention", ((2, 126, 80), (2, 77, 80), (2, 77, 80), 2)),
     Spec("attention", ((4, 63, 160), *[(2, 63, 160)] * 2, 2, *[(2, 63, 160)] * 2)),
     Spec("exchange", ((2, 63, 48), (48, 48), (48,), (48, 48), (48,), (2, 63, 48))),
+    Spec("merge", ((2, 63, 48), (2, 48, 48), (2, 63, 48))),
+    Spec("align", proof.alignment((2, 2, 3, 63, 80), 77, 2)),
+    Spec("align", proof.alignment((2, 1, 2, 63, 160), 77, 1, (2, 63), 2.5)),
     Spec("group_norm_silu", ((3, 48, 5, 7), 8, (48,), (48,), 1e-5)),
     Spec("geglu", ((3, 63, 48), (96, 48), (96,))),
     Spec("guided_step", ((2, 2, 3, 4, 5, 7), 2.5)),

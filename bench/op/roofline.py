@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualdiff_engine.bench.op import bench as op_bench
-from dualdiff_engine.bench.op.cases import Work, trace, work
+from dualdiff_engine.bench.op.calls import Work, trace, work
 from dualdiff_engine.bench.step.case import MODELS, SCALE
 from dualdiff_engine.errors import SettingsError
 

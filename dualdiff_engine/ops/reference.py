@@ -151,9 +151,10 @@ def _standardised(scores: Tensor) -> Tensor:
     """Of mean 0 and deviation 1 over the last axis; 0 where they are flat, see FLAT."""
     mean = scores.mean(-1, keepdim=True)
     centred = scores - mean
-    deviation = centred.square().mean(-1, keepdim=True).sqrt()
-    flat = deviation < FLAT * (1 + mean.abs())
-    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, deviation))
+    variance = centred.square().mean(-1, keepdim=True)
+    flat = variance < (FLAT * (1 + mean.abs())).square()
+    # a root of 0 has no gradient
+    return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, variance).sqrt())
 
 
 def exchange(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,15 @@ from dualdiff_engine.ops import reference
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend of attention alone: `reference.attention` by one kernel, which may refuse."""
+    """A backend of attention alone: that of the reference by one kernel, which may refuse."""
 
     backend: SDPBackend
+    # flash attention takes no bias
+    ops: tuple[str, ...] = ("attention", "align")
 
     def supported(self, op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         """Whether this backend serves an op here, and why or why not."""
-        if op != "attention":
+        if op not in self.ops:
             return False, f"has no {op}"
         if device.type != "cuda":
             return False, f"needs an NVIDIA GPU, the engine is on {device.type}"
@@ -38,9 +41,14 @@ class Kernel:
         with sdpa_kernel(self.backend):
             return reference.attention(query, key, value, num_heads, more_key, more_value)
 
+    def align(self, query: Tensor, *arguments: Any) -> Tensor:
+        """As `reference.align`. Raises RuntimeError where the kernel does not fit."""
+        with sdpa_kernel(self.backend):
+            return reference.align(query, *arguments)
+
 
 KERNELS = {
-    "flash": Kernel(SDPBackend.FLASH_ATTENTION),
+    "flash": Kernel(SDPBackend.FLASH_ATTENTION, ("attention",)),
     "cudnn": Kernel(SDPBackend.CUDNN_ATTENTION),
     "efficient": Kernel(SDPBackend.EFFICIENT_ATTENTION),
 }

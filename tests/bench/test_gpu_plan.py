@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from dualdiff_engine.bench import machine
 from dualdiff_engine.bench.gpu import autotune, launches, parts, plan, suite
 from dualdiff_engine.bench.gpu.record import Setting
-from dualdiff_engine.bench.op.cases import Spec, few_rows
+from dualdiff_engine.bench.op.calls import Spec, few_rows
 from dualdiff_engine.ops.triton.tuning import Config
 
 BF16 = torch.bfloat16

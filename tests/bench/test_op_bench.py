@@ -15,7 +15,8 @@ from dualdiff_engine.bench import cli, clock
 from dualdiff_engine.bench.gpu import autotune
 from dualdiff_engine.bench.op import auto, roofline
 from dualdiff_engine.bench.op import bench as op_bench
-from dualdiff_engine.bench.op.cases import Problem, Spec, coupled, problem, trace, work
+from dualdiff_engine.bench.op.calls import Spec, coupled, trace, work
+from dualdiff_engine.bench.op.cases import Problem, problem
 from dualdiff_engine.bench.step import measure
 from dualdiff_engine.bench.step.case import Case
 from dualdiff_engine.ops.proof import alignment

@@ -276,6 +276,23 @@ def test_a_flat_map_draws_nothing(ops: Ops, dtype: torch.dtype) -> None:
     assert torch.equal(ops.align(query, key, value, 2, *given, scale), off)
 
 
+def test_align_and_merge_learn() -> None:
+    """Gradients of the reference, which a trainer uses, by differences; none if flat."""
+    with torch.inference_mode(False), torch.enable_grad():
+        query, key, value = alignment(torch.float64, (2, 1, 2, 4, 4), 3)
+        tokens = torch.tensor([0, 1, 1], dtype=torch.float64)
+        given = (key[:, 1:].mean(1), tokens, torch.tensor([0.7], dtype=torch.float64))
+        learnt = [x.clone().requires_grad_() for x in (query, key, value, *given)]
+        assert torch.autograd.gradcheck(lambda q, k, v, *x: reference.align(q, k, v, 2, *x), learnt)
+        flat = query[..., :1, :].expand_as(query).clone().requires_grad_()
+        reference.align(flat, key, value, 2, *given).sum().backward()
+        assert flat.grad is not None
+        assert flat.grad.isfinite().all()
+        shapes = ((2, 3, 4), (2, 4, 4), (2, 3, 4))
+        merged = [draw(*x, dtype=torch.float64, seed=s) for s, x in enumerate(shapes)]
+        assert torch.autograd.gradcheck(reference.merge, [x.requires_grad_() for x in merged])
+
+
 @pytest.mark.parametrize(("rows", "channels"), SHAPES)
 def test_merge(ops: Ops, dtype: torch.dtype, rows: int, channels: int) -> None:
     x, residual = (draw(2, rows, channels, dtype=dtype, seed=s) for s in (0, 7))

@@ -23,6 +23,8 @@ OPS = {
     "branch_linear": "branch_linear",
     "attention": "attention",
     "exchange": "exchange",
+    "merge": "merge",
+    "align": "align",
     "group_norm_silu": "group_norm_silu",
     "geglu": "geglu",
     "guided_step": "guided_step",

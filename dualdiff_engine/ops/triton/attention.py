@@ -101,6 +101,7 @@ def _attend(
     strides,  # of keys and of values, between rows
     length,
     scale,
+    drawn,  # (bias [M], pointer to tokens [length]) or None
     BLOCK_N: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -110,7 +111,8 @@ def _attend(
 ):
     """The state once `length` keys and values have joined.
 
-    accumulators = sum 2^(s - running_max) v over keys so far, s their scores · scale.
+    accumulators = sum 2^(s - running_max) v over keys so far, s their scores · scale. drawn: the
+    scores of tokens, which are 1, get a bias; those of the others, 0, do not.
     """
     accumulators, running_max, running_sum = state
     key_ptr, value_ptr = source
@@ -122,6 +124,10 @@ def _attend(
         if SECOND is not None:
             key_1 = _load(key_ptr, stride_key, remaining, BLOCK_N, SECOND, DIM, ALIGNED)
             scores = tl.dot(queries[1], tl.trans(key_1), scores, input_precision="ieee")
+        if drawn is not None:
+            offsets_n = start + tl.arange(0, BLOCK_N)
+            tokens = tl.load(drawn[1] + offsets_n, mask=offsets_n < length, other=0.0)
+            scores += drawn[0][:, None] * tokens.to(tl.float32)[None, :]
         if not EVEN:
             valid = tl.arange(0, BLOCK_N)[None, :] < remaining
             scores = tl.where(valid, scores, float("-inf"))
@@ -146,13 +152,15 @@ def _attend(
 
 # all integers: ALIGNED says what matters of them, so that no size asks for another compilation.
 # strides are scalars here and tuples inside: Triton specialises what is in a tuple all the same
-@triton.jit(do_not_specialize=range(6, 21))
+@triton.jit(do_not_specialize=range(8, 23))
 def _attention_kernel(
     query_ptr,  # [N, S, H·D]
     key_ptr,  # [N', L, H·D]
     value_ptr,  # [N', L, H·D]
     more_key_ptr,  # [N', L', H·D]
     more_value_ptr,  # [N', L', H·D]
+    bias_ptr,  # [N, S] fp32, or None
+    tokens_ptr,  # [L], or None
     out_ptr,  # [N, S, H·D], contiguous
     # in elements, along N and along S, L or L'
     stride_query_n, stride_query_s,
@@ -179,6 +187,7 @@ def _attention_kernel(
     """BLOCK_M queries of one head; S positions, L length, L' more_length, H num_heads, D = DIM.
 
     If SHARED, row n of the queries reads row n % N' of the keys, N' = source_rows; else N' = N.
+    The bias of a query joins its scores of the tokens, before their scale.
 
     Grid (query blocks · heads, N), heads fastest: a head's columns of a row are 80 bytes at D = 40
     and neighbours share sectors of memory, so all heads of a block are read and written close in
@@ -196,6 +205,12 @@ def _attention_kernel(
         if SECOND is not None
         else (query_0,)
     )
+    drawn = None
+    if bias_ptr is not None:
+        offsets_m = start + tl.arange(0, BLOCK_M)
+        bias_ptr += row * positions
+        bias = tl.load(bias_ptr + offsets_m, mask=offsets_m < positions, other=0.0)
+        drawn = (bias, tokens_ptr)
     zeros_0 = _zeros(BLOCK_M, FIRST)
     accumulators = (zeros_0, _zeros(BLOCK_M, SECOND)) if SECOND is not None else (zeros_0,)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -207,7 +222,7 @@ def _attention_kernel(
     )
     state = _attend(
         (accumulators, running_max, running_sum), queries,
-        source, (stride_key_s, stride_value_s), length, scale,
+        source, (stride_key_s, stride_value_s), length, scale, drawn,
         BLOCK_N, FIRST, SECOND, DIM, ALIGNED, EVEN,
     )  # fmt: skip
     if JOINED:
@@ -217,7 +232,7 @@ def _attention_kernel(
         )
         state = _attend(
             state, queries,
-            source, (stride_more_key_s, stride_more_value_s), more_length, scale,
+            source, (stride_more_key_s, stride_more_value_s), more_length, scale, None,
             BLOCK_N, FIRST, SECOND, DIM, ALIGNED, EVEN,
         )  # fmt: skip
     accumulators, running_max, running_sum = state
@@ -341,27 +356,45 @@ def attention(
     sources = [(key, value)]
     if more_key is not None and more_value is not None:
         sources.append((more_key, more_value))
+    keys = sum(source.shape[1] for source, _ in sources)
+    default = default_config(query.shape[-1] // num_heads, query.dtype, keys)
+    return launch("attention", default, query, sources, num_heads)
+
+
+def launch(
+    op: str,
+    default: Config,
+    query: Tensor,
+    sources: list[tuple[Tensor, Tensor]],
+    num_heads: int,
+    drawn: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """The kernel, with the configuration that was measured for an op, or its default.
+
+    sources: one or two pairs of keys and values. drawn: bias [N, S] in fp32, and tokens [L] of the
+    one source. Raises ValueError on what it cannot read.
+    """
     _check(num_heads, query, *(x for source in sources for x in source))
     rows, positions, channels = query.shape
+    source_rows = sources[0][0].shape[0]
     dim, lengths = channels // num_heads, [source.shape[1] for source, _ in sources]
     keys = sum(lengths)
-    config = tuning.choose(
-        "attention",
-        shape_class(dim, query.dtype, keys),
-        default_config(dim, query.dtype, keys),
-        query.device,
-    )
+    config = tuning.choose(op, shape_class(dim, query.dtype, keys), default, query.device)
     out = query.new_empty(query.shape)
     # without a second source the first stands in its place, unread
     inputs = (query, *sources[0], *sources[-1])
     constants = _constants(
-        dim, config, lengths, aligned=_aligned(dim, *inputs, out), shared=key.shape[0] != rows
+        dim,
+        config,
+        lengths,
+        aligned=_aligned(dim, *inputs, out),
+        shared=source_rows != rows,
     )
     blocks = triton.cdiv(positions, config.blocks["BLOCK_M"])
     _attention_kernel[blocks * num_heads, rows](
-        *inputs, out,
+        *inputs, *drawn, out,
         *(step for x in inputs for step in x.stride()[:2]),
-        num_heads, positions, lengths[0], lengths[-1], key.shape[0], LOG2_E / math.sqrt(dim),
+        num_heads, positions, lengths[0], lengths[-1], source_rows, LOG2_E / math.sqrt(dim),
         **constants, **config.arguments,
     )  # fmt: skip
     return out
@@ -380,23 +413,31 @@ flops.register("attention", "attention")
 SOURCES = {"self": [4096], "text": [77], "joined": [4096, 4095], "connect": [4096, 4096]}
 
 
+def compilation(
+    op: str, dim: int, dtype: torch.dtype, name: str, config: Config, *, biased: bool = False
+) -> Compilation:
+    """What the compiler must know for one of SOURCES, with or without a bias."""
+    constants = _constants(dim, config, SOURCES[name], aligned=True, shared=name == "connect")
+    constants |= {} if biased else {"bias_ptr": None, "tokens_ptr": None}
+    return listing.compilation(
+        op, f"D={dim} {name}", _attention_kernel, dtype, config, constants,
+        types={"bias_ptr": "*fp32"},
+    )  # fmt: skip
+
+
 def compilations(every_candidate: bool = False) -> list[Compilation]:
     """Every default at the head dimensions of SD-1.5, with and without what the flags leave out.
 
     With every_candidate, what tuning may choose as well.
     """
-    launches = [(dtype, dim, name) for dtype in TRITON_TYPES for dim in DIMS for name in SOURCES]
-    listed = []
-    for dtype, dim, name in launches:
-        shape = (dim, dtype, sum(SOURCES[name]))
-        choices = listing.configs(default_config(*shape), candidates(*shape), every_candidate)
-        listed += [
-            listing.compilation(
-                "attention", f"D={dim} {name}", _attention_kernel, dtype, config,
-                _constants(
-                    dim, config, SOURCES[name], aligned=True, shared=name == "connect"
-                ),
-            )
-            for config in choices
-        ]  # fmt: skip
-    return listed
+    return [
+        compilation("attention", dim, dtype, name, config)
+        for dtype in TRITON_TYPES
+        for dim in DIMS
+        for name, lengths in SOURCES.items()
+        for config in listing.configs(
+            default_config(dim, dtype, sum(lengths)),
+            candidates(dim, dtype, sum(lengths)),
+            every_candidate,
+        )
+    ]

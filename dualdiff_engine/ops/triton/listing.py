@@ -17,7 +17,7 @@ from dualdiff_engine.ops.triton.tuning import Config
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 HALVES = (torch.float16, torch.bfloat16)
 # run-time scalars that are no integers
-FLOATS = frozenset({"eps", "guidance", "scale"})
+FLOATS = frozenset({"eps", "guidance", "scale", "strength", "factor", "flat"})
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,13 @@ def module(op: str) -> Any:
     return importlib.import_module(f"dualdiff_engine.ops.triton.{op}")
 
 
-def attention(dim: int, positions: int, length: int, stride: int) -> Any:
+def attention(dim: int, positions: int, length: int, stride: int, rows: int = 4) -> Any:
     op = module("attention")
     config = op.default_config(dim, torch.float16, length)
+    constants = op._constants(dim, config, [length], aligned=True, shared=False)
     return op._attention_kernel.warmup(
-        *[HALF] * 6, *[stride] * 10, 8, positions, length, length, 0.1,
-        grid=(1,), **op._constants(dim, config, [length], True), **config.arguments,
+        *[HALF] * 5, None, None, HALF, *[stride] * 10, 8, positions, length, length, rows, 0.1,
+        grid=(1,), **constants, **config.arguments,
     )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_attention_compiles_once_for_all_sizes() -> None:
     one = attention(40, 4096, 4096, 320)
     # sizes and strides of 1 and 0, and those that are no multiple of 16, are often special
     assert attention(40, 1, 1024, 0) is one
-    assert attention(40, 4097, 1024, 963) is one
+    assert attention(40, 4097, 1024, 963, 1) is one
     # a width that is not cut in two parts is another kernel
     assert attention(64, 4096, 4096, 320) is not one
 
@@ -73,6 +74,29 @@ def exchange(positions: int) -> Any:
     return op._exchange_kernel.warmup(
         *[HALF] * 6, positions, HALF, 1e-6, grid=(1,), CHANNELS=320, **config.arguments
     )
+
+
+def merge(positions: int) -> Any:
+    op = module("merge")
+    config = op.default_config(torch.float16)
+    return op._merge_kernel.warmup(
+        *[HALF] * 3, positions, HALF, 1e-6, grid=(1,), CHANNELS=320, **config.arguments
+    )
+
+
+def scores(positions: int) -> Any:
+    op = module("align")
+    return op._scores_kernel.warmup(
+        HALF, HALF, SINGLE, positions, 0.1, grid=(1,), CHANNELS=320, **op.SCORES.arguments
+    )
+
+
+def bias(positions: int) -> Any:
+    op = module("align")
+    return op._bias_kernel.warmup(
+        SINGLE, HALF, HALF, SINGLE, *[positions] * 4, 2.5, 6.3, 1e-6,
+        grid=(1,), **op.BIAS.arguments,
+    )  # fmt: skip
 
 
 def geglu(rows: int) -> Any:
@@ -101,7 +125,8 @@ def group_norm_silu(positions: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "launch", [branch_linear, exchange, geglu, group_norm_statistics, group_norm_silu]
+    "launch",
+    [branch_linear, exchange, merge, scores, bias, geglu, group_norm_statistics, group_norm_silu],
 )
 def test_compiles_once_for_all_sizes(launch: Callable[[int], Any]) -> None:
     one = launch(4096)

@@ -97,7 +97,7 @@ def test_a_source_that_all_rows_share(dtype: torch.dtype) -> None:
     check("shared", 1, q, own, (key, value))
 
 
-@pytest.mark.parametrize(("groups", "rows", "positions"), [(2, 2, 70), (3, 1, 1)])
+@pytest.mark.parametrize(("groups", "rows", "positions"), [(2, 2, 18), (3, 1, 1)])
 def test_rows_share_a_source(dtype: torch.dtype, groups: int, rows: int, positions: int) -> None:
     """Both branches' queries over the keys of both, which stay where they are."""
     q, k, v = draw(2 * rows, positions, 240, dtype=dtype).chunk(3, dim=-1)
