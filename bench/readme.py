@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dualdiff_engine.bench import demo_stages
+from dualdiff_engine.bench import demo_stages, end_to_end
 from dualdiff_engine.bench.step import report
 from dualdiff_engine.evaluation import report as evaluation
 from dualdiff_engine.evaluation.report import markdown_table
@@ -74,6 +74,8 @@ def section(path: Path) -> str:
         return _faults(record["faults"])
     if record.get("case", {}).get("coupled"):
         return _coupled_ops(record)
+    if "batches_of_a_run" in record:
+        return f"{end_to_end.table(record)}\n\n{end_to_end.headline(record)}."
     if "rows" in record:
         return _masks(record["rows"])
     if "tasks" in record:
