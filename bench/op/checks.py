@@ -15,7 +15,7 @@ from torch import Tensor
 from dualdiff_engine import ops
 from dualdiff_engine.adapters import fold
 from dualdiff_engine.bench.op.bench import check, reason, relative
-from dualdiff_engine.bench.op.calls import Spec, trace
+from dualdiff_engine.bench.op.calls import Spec, coupled, trace
 from dualdiff_engine.bench.op.cases import Problem, problem
 from dualdiff_engine.bench.step.case import Case, RandomWeights, random_adapter
 from dualdiff_engine.bench.step.peers import variant
@@ -52,9 +52,10 @@ ROOM = 2.0
 def accuracy(
     model: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES
 ) -> Iterator[Row]:
-    """Odd shapes and those of the network at one pair, in every dtype."""
+    """Odd shapes and those of the network at one pair, in every dtype; those of its other forms."""
+    plain = trace(model, 1)
+    traced = plain | trace(model, 1, background=True) | coupled(plain, 1)
     for dtype in dtypes:
-        traced = trace(model, 1) | trace(model, 1, background=True)
         for spec in (*ODD, *traced):
             yield _row(spec.op, "fp64", dtype, spec.label, **_against_fp64(spec, device, dtype))
 

@@ -19,6 +19,7 @@ from dualdiff_engine.bench.op.calls import Spec, coupled, trace, work
 from dualdiff_engine.bench.op.cases import Problem, problem
 from dualdiff_engine.bench.step import measure
 from dualdiff_engine.bench.step.case import Case
+from dualdiff_engine.ops import measure as op_measure
 from dualdiff_engine.ops.proof import alignment
 from dualdiff_engine.ops.triton.tuning import Config
 
@@ -135,6 +136,27 @@ def test_the_calls_of_another_coupling() -> None:
         for spec in (by_op["attention"][-1], by_op["align"][-1], by_op["merge"][-1]):
             rows = op_bench.rows_of(spec, 1, CPU, torch.float32, None)
             assert {row["status"] for row in rows} == {"ok"}
+
+
+@pytest.mark.parametrize("model", ["demo", "sd15"])
+def test_calls_of_another_coupling_are_measured_by_backend(model: str) -> None:
+    """Each has a class of its own, and every backend that serves the op is proved for it."""
+    traced = trace(model, 1)
+    found = [*coupled(traced, 1), Spec("align", alignment((2, 2, 1, 64, 320), 77, 8, (64,), 2.0))]
+    calls = [
+        op_measure.OpCall(s.op, op_measure.shape_class(s.op, s.arguments), s.arguments)
+        for s in found
+    ]
+    plain = {f"{s.op}@{op_measure.shape_class(s.op, s.arguments)}" for s in traced}
+    assert not plain & {call.name for call in calls}
+    assert len({call.name for call in calls}) == len(calls)
+    for call in calls:
+        served = {b for b in ops.BACKENDS if ops.serves(b, call.op, CPU, torch.float32)[0]}
+        assert served == set(op_measure.candidates(call, CPU, torch.float32)), call.name
+        assert op_measure.cost(call) > 0
+        small = op_measure.reduced(call.op, call.shapes)
+        assert small[0][-1] == call.shapes[0][-1]
+        assert op_measure.reduced(call.op, small) == small
 
 
 def test_shared_keys_are_timed_beside_copies_of_them() -> None:
