@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.bench.op.calls import Spec
 from dualdiff_engine.exchanges.interaction import fold_interaction
+from dualdiff_engine.exchanges.kind import Affine
 from dualdiff_engine.ops import reference
 
 # scores of plain attention that are held at once

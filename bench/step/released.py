@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualdiff_engine.adapters.format import Adapter, Affine, LowRank, SiteAdapter
+from dualdiff_engine.adapters.format import Adapter, LowRank, SiteAdapter
+from dualdiff_engine.exchanges.kind import Affine
 
 
 def affine(x: Tensor, layer: Affine) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.exchanges.interaction import fold_interaction
+from dualdiff_engine.exchanges.kind import Affine
 
 _new_empty = Tensor.new_empty
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.errors import BackendError
 from dualdiff_engine.exchanges.interaction import fold_interaction
+from dualdiff_engine.exchanges.kind import Affine
 from dualdiff_engine.ops import NAMES, Ops, bind, reference
 from op_inputs import draw, interaction, poison, strided, unfolded_interaction
 from tolerance import assert_within_budget

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dualdiff_engine.adapters.format import Affine
+from dualdiff_engine.exchanges.kind import Affine
 from dualdiff_engine.ops.triton import composed_exchange
 from dualdiff_engine.ops.triton.exchange import exchange as fused
 from op_inputs import exchange_arguments, strided, unfolded_interaction

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from dualdiff_engine.adapters.format import Affine
 from dualdiff_engine.exchanges.interaction import fold_interaction
+from dualdiff_engine.exchanges.kind import Affine
 from dualdiff_engine.export.trt import exchange_plugin
 from dualdiff_engine.ops.reference import INTERACTION_EPS
 from dualdiff_engine.ops.triton import exchange as op
