@@ -40,8 +40,11 @@ class Parts:
 
     def __call__(self, name: str) -> None:
         """The part before is over, this one begins."""
-        self.end()
         print(name, file=sys.stderr, flush=True)
+        if self._name and name.startswith(f"{self._name}: "):
+            # what the export says at a part's end; it counts until the next begins
+            return
+        self.end()
         # what a part holds is counted, not what the one before has let go
         release_freed_blocks()
         reset_peak(CPU)

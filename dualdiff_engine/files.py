@@ -95,3 +95,33 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_space(root: Path, needed: int, what: str) -> int:
+    """The free bytes of the disk where `root` is or will be.
+
+    Raises OutputError when they are fewer than `needed`, which `what` may take.
+    """
+    at = root
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    try:
+        free = shutil.disk_usage(at).free
+    except OSError as error:
+        raise OutputError(f"{root} cannot be used ({error.strerror}): choose another") from error
+    if free < needed:
+        raise OutputError(
+            f"{root}: {what} may take {in_words(needed)} and {in_words(free)} are free: free "
+            "some space, or choose another out"
+        )
+    return free
+
+
+def in_words(size: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        del units[0]
+    unit = units[0]
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dualdiff_engine"
 OPTIONAL = (
     *("triton", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "xformers"),
     *("matplotlib", "torch_fidelity", "lpips", "supervision", "pycocotools", "webdataset"),
-    "pydantic",
+    *("pydantic", "fastapi", "uvicorn"),
 )
 
 # What the modules of a room (or a single module) may import of ours. Every module is in one of

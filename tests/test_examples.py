@@ -64,7 +64,8 @@ def test_callback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_all_are_run_and_short() -> None:
     scripts = {path.stem: path.read_text("utf-8") for path in FOLDER.glob("*.py")}
-    # the bundle's needs an export: tests/export/test_example.py
+    # the bundle's needs an export: tests/export/test_example.py; a server: test_serve_fastapi.py
     names = {"pairs", "placement", "adapter_switch", "background", "callback", "bundle"}
+    names.add("serve_fastapi")
     assert scripts.keys() == names
     assert all(source.count("\n") <= 40 for source in scripts.values())

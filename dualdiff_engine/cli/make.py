@@ -118,7 +118,7 @@ def _bar(quiet: bool) -> tqdm[Any]:
 
 
 def _show_plan(maker: Maker) -> None:
-    from dualdiff_engine.dataset.inputs import in_words
+    from dualdiff_engine.files import in_words
 
     left = Counter(task.defect for task in maker.left())
     for source in maker.checked.sources:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from dualdiff_engine import adapters
 from dualdiff_engine.base_model import BaseModel
 from dualdiff_engine.dataset.job import ALL, DEMO, Defect, Job
 from dualdiff_engine.demo import presets as demo
-from dualdiff_engine.errors import DataError, DualDiffError, OutputError, SettingsError
+from dualdiff_engine.errors import DataError, DualDiffError, SettingsError
 from dualdiff_engine.files import sha256_of
 from dualdiff_engine.pictures import open_picture
 from dualdiff_engine.pipeline.regions import RegionStatistics, region_statistics
@@ -369,32 +368,6 @@ def _identity(
         "canvas": [spec.edge, spec.paste, spec.window, spec.mask],
         "regions": statistics.record() if statistics and source.pictures else None,
     }
-
-
-def require_space(root: Path, needed: int) -> None:
-    """Raises OutputError when the disk has less room than pairs are expected to take."""
-    at = root
-    while not at.exists() and at != at.parent:
-        at = at.parent
-    try:
-        free = shutil.disk_usage(at).free
-    except OSError as error:
-        raise OutputError(f"{root} cannot be used ({error.strerror}): choose another") from error
-    if free < needed:
-        raise OutputError(
-            f"{root}: the pairs may take {in_words(needed)} and {in_words(free)} are free: free "
-            "some space, or choose another out"
-        )
-
-
-def in_words(size: float) -> str:
-    """Bytes for people: 1.5 GiB."""
-    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        del units[0]
-    unit = units[0]
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
 def area_of(mask: Any) -> float:

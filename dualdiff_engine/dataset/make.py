@@ -24,7 +24,7 @@ from dualdiff_engine.dataset.store import Writer
 from dualdiff_engine.dataset.supervisor import Outcome, Supervisor
 from dualdiff_engine.dataset.worker import PAINTER
 from dualdiff_engine.errors import OutputError, SettingsError
-from dualdiff_engine.files import sync
+from dualdiff_engine.files import require_space, sync
 from dualdiff_engine.pair import differences
 
 FORMAT = 1
@@ -107,7 +107,7 @@ class Maker:
         Raises:
             OutputError: The folder cannot be written, or a newer run has taken over.
         """
-        inputs.require_space(self.root, self.space())
+        require_space(self.root, self.space(), "the pairs")
         by_hand = _rejected(reject, self.state, self.checked) if reject else []
         layout.make_folders(self.root)
         run = secrets.token_hex(6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +17,9 @@ from dualdiff_engine.errors import BackendError, SettingsError
 from dualdiff_engine.export.folder.artefact import ADAPTERS, read_artefacts
 from dualdiff_engine.export.folder.folded import read_adapters
 from dualdiff_engine.export.graph import exchange_operator as exchange
-from dualdiff_engine.export.graph import write
+from dualdiff_engine.export.graph import space, write
 from dualdiff_engine.export.graph.probe import PROMPTS
+from dualdiff_engine.export.graph.progress import Say, part
 from dualdiff_engine.export.graph.validate import REPORT
 from dualdiff_engine.export.graph.write import Exporter, ExportOptions
 from dualdiff_engine.export.run.bundle_parts import BundledBase
@@ -33,7 +34,6 @@ _MOST_BYTES = 16 << 20
 _AGAIN = "copy the whole {} again, or write it again with `dualdiff export {}`"
 # what readers of a bundle.json take from it, next to "files"
 _FIELDS = {"first": str, "adapters": dict, "base": dict, "max_batch": int}
-Say = Callable[[str], None]
 
 
 def write_bundle(
@@ -53,13 +53,14 @@ def write_bundle(
         out: the new folder, absent or empty; it gets its name when all went well.
         options: see `graph.write.Options`; by default float32, opset 23.
         allow_pickle: also open `.bin` adapters.
-        say: called with one line of progress per part.
+        say: called with lines of progress: what is needed and free, each part's begin and end.
 
     Returns:
         The manifest, as in `bundle.json`.
 
     Raises:
         SettingsError: no adapter, wrong options, or `out` is not empty.
+        OutputError: the disk has less room than the bundle may take.
         BackendError: a graph differs from the engine's network by more than its tolerance.
         AdapterError: an adapter is not valid or does not fit the base.
         BaseModelError: the base model is missing, incomplete or not supported.
@@ -78,7 +79,8 @@ def write_bundle(
             write.write_folder(engine, folder, options or ExportOptions(), say)
             _copy_configs(engine.base.folder, folder)
             _check_tokens(engine, folder)
-        return write_manifest(folder, first)
+        with part(say, "hashing files"):
+            return write_manifest(folder, first)
 
 
 def _check_tokens(engine: Engine, folder: Path) -> None:
@@ -193,11 +195,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> int:
-    """Check that every file is there and unchanged. Returns their number.
+    """Check that every file is there and unchanged, and no other. Returns their number.
 
     hashes: also those of weights; of other files, which are small, they are always compared. A file
     may be a symbolic link: stores and mounted volumes are made of them.
-    Raises BackendError naming the first that is not.
+    Raises BackendError naming the first that is not. Nothing is written.
     """
     for name, about in manifest["files"].items():
         path = folder / name
@@ -216,7 +218,31 @@ def check_files(folder: Path, manifest: dict[str, Any], *, hashes: bool) -> int:
                 f"{path} differs from the file that the bundle was written with: copy the bundle "
                 "again"
             )
+    _refuse_unlisted(folder, manifest)
     return len(manifest["files"])
+
+
+def _refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise BackendError naming a file that the manifest does not know.
+
+    A graph, an adapter or a tokenizer's file that is only there would be used unchecked. Engines
+    have manifests of their own, at the top of the folder. Nothing reads hidden files, which hubs,
+    mounted volumes and file managers leave.
+    """
+    listed = {Path(name) for name in manifest["files"]} | {Path(BUNDLE)}
+    folders = {parent for name in listed for parent in name.parents}
+    # only what the manifest names is entered: links to folders may lead in circles
+    for place in sorted(folders):
+        for path in sorted((folder / place).iterdir()):
+            name = place / path.name
+            if path.name.startswith(".") or name in listed or name in folders:
+                continue
+            if place == Path() and engine_file.belongs(path):
+                continue
+            raise BackendError(
+                f"{folder}/{BUNDLE} does not list {name.as_posix()}: delete it, or write the "
+                "bundle again if it belongs there"
+            )
 
 
 def add_adapter(
@@ -232,9 +258,12 @@ def add_adapter(
 
     Graphs that it needs and that do not exist yet are traced. Returns its part of the report. If
     a graph misses its tolerance, the folder is left as it was.
-    Raises BackendError, AdapterError, SettingsError.
+    Raises BackendError, AdapterError, SettingsError, OutputError.
     """
     folder = Path(folder)
+    if (folder / BUNDLE).exists():
+        # the manifest is written again from what lies there, which must be what it listed
+        check_files(folder, read_manifest(folder), hashes=False)
     graphs = read_artefacts(folder)
     one = next(iter(graphs.values()))
     with Engine.from_pretrained(base, dtype="float32", device="cpu") as engine:
@@ -254,6 +283,7 @@ def add_adapter(
             raise SettingsError(
                 f"{folder} already holds an adapter {exporter.name!r}: pass another name"
             )
+        space.require(folder, exporter.expected_bytes(with_base=False), say)
         report = _or_nothing(folder, exporter)
     if (folder / BUNDLE).exists():
         write_manifest(folder)

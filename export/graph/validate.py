@@ -21,6 +21,7 @@ from dualdiff_engine.export.folder.artefact import ADAPTERS, Artefact
 from dualdiff_engine.export.folder.folded import PROBE, read_adapter
 from dualdiff_engine.export.graph import probe
 from dualdiff_engine.export.graph.probe import relative
+from dualdiff_engine.export.graph.progress import Say, part
 from dualdiff_engine.export.graph.widen import cpu_session
 from dualdiff_engine.export.run.denoiser import initializers
 from dualdiff_engine.export.run.onnx_session import onnxruntime
@@ -35,7 +36,6 @@ FP32 = 5e-6
 PICTURE = 2e-5
 # what rounding one number to fp32 may cost
 UNIT = torch.finfo(torch.float32).eps / 2
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ def validate(
     for name, (artefact, model) in read.items():
         if (name not in fresh and not artefact.adapter_weights) or name == other:
             continue
-        say(f"validating {name}")
         path, changed = folder / f"{name}.onnx", {}
         if name not in fresh:
             _, folded = read_adapter(adapter, graphs)
             changed = initializers({**folded.sites, **folded.text}, artefact)
-        row = _validate_graph(engine, path, artefact, batches, changed)
+        with part(say, f"validating {name}"):
+            row = _validate_graph(engine, path, artefact, batches, changed)
         about = report.setdefault("graphs", {}).setdefault(artefact.graph, {})
         kinds = Counter(node.op_type for node in model.graph.node)
         about |= {
@@ -89,10 +89,12 @@ def validate(
                 f"above the tolerance {row['tolerance']:.1e}: the export was not kept; please "
                 "report this"
             )
-    say("writing the probe, and running it")
-    probe.write(engine, adapter.with_name(file + PROBE), graphs)
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    for name, row in probe.check(folder, file, graphs, report).items():
+    probe_file = adapter.with_name(file + PROBE)
+    with part(say, "writing the probe, and running it", probe_file):
+        probe.write(engine, probe_file, graphs)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        found = probe.check(folder, file, graphs, report)
+    for name, row in found.items():
         if not row["error"] <= row["tolerance"]:
             raise BackendError(
                 f"{name}: with the base model's own prompts and size its relative error is "

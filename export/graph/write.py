@@ -46,14 +46,15 @@ from dualdiff_engine.export.graph import (
     modules as graphs,
 )
 from dualdiff_engine.export.graph import (
+    space,
     validate,
 )
 from dualdiff_engine.export.graph.modules import Graph, Size
+from dualdiff_engine.export.graph.progress import Say, part
 from dualdiff_engine.export.graph.trace import Traced, check_opset, trace
 from dualdiff_engine.pair import versions
 
 NETWORK = "network.safetensors"
-Say = Callable[[str], None]
 Tensors = Mapping[str, Tensor]
 
 
@@ -114,7 +115,7 @@ def export_onnx(
         engine: in float32 on the CPU, with an active adapter.
         out: the new folder, absent or empty; it gets its name when all went well.
         options: see `Options`; by default float32, opset 23.
-        say: called with one line of progress per part.
+        say: called with lines of progress: what is needed and free, each part's begin and end.
 
     Returns:
         The report, as in `report.json`: per graph its nodes, and per adapter its errors (relative
@@ -122,6 +123,7 @@ def export_onnx(
 
     Raises:
         SettingsError: wrong options, another dtype or device, or `out` is not empty.
+        OutputError: the disk has less room than the export may take.
         BackendError: a graph differs from the engine's network by more than its tolerance.
     """
     with new_folder(Path(out)) as folder:
@@ -143,10 +145,17 @@ def write_folder(engine: Engine, folder: Path, options: ExportOptions, say: Say)
     active = engine.active_adapter
     names = sorted(engine.adapters, key=lambda name: name != active)
     report: dict[str, Any] = {}
+    needed = 0
     try:
+        exporters = []
         for name in names:
             engine.set_adapter(name)
-            report = Exporter(engine, folder, options, say).add_adapter()
+            exporters.append(Exporter(engine, folder, options, say))
+            needed += exporters[-1].expected_bytes(with_base=len(exporters) == 1)
+        space.require(folder, needed, say)
+        for name, exporter in zip(names, exporters, strict=True):
+            engine.set_adapter(name)
+            report = exporter.add_adapter()
     finally:
         if active is not None:
             engine.set_adapter(active)
@@ -196,6 +205,11 @@ class Exporter:
         tokens = engine.text_encoder.tokenizer.model_max_length
         return Size(height // step, width // step, options.dynamic_size, tokens)
 
+    def expected_bytes(self, *, with_base: bool) -> int:
+        """At most what the adapter takes on the disk, `with_base` also weights and graphs."""
+        base = space.base_bytes(self.engine, self.dtype) if with_base else 0
+        return base + space.adapter_bytes(self.engine, self.dtype, self.size)
+
     def add_adapter(self) -> dict[str, Any]:
         """Write, validate; returns the report.
 
@@ -217,17 +231,17 @@ class Exporter:
         }
         traced = {}
         for name, make in makers.items():
-            self.say(f"tracing {name}")
-            graph = make()
-            traced[name] = graph, trace(graph, self.options.opset)
+            with part(self.say, f"tracing {name}"):
+                graph = make()
+                traced[name] = graph, trace(graph, self.options.opset)
         if traced:
             self._write_base(traced)
-        self.say("writing the adapter")
-        file = f"{ADAPTERS}/{self.name}.safetensors"
+        file = self.folder / ADAPTERS / f"{self.name}.safetensors"
         known = {name: self._about(graph, t) for name, (graph, t) in traced.items()}
         if there:
             known |= read_artefacts(self.folder)
-        folded.write_adapter(self.engine, self.folder / file, known)
+        with part(self.say, "writing the adapter", file):
+            folded.write_adapter(self.engine, file, known)
         for graph, translated in traced.values():
             self._write_graph(graph, translated, known[graph.name])
         return set(makers)
@@ -260,7 +274,14 @@ class Exporter:
 
     def _write_base(self, traced: Mapping[str, tuple[Graph, Traced]]) -> None:
         """The weights that no adapter changes, a file per part of the base model."""
-        self.say("writing weights")
+        origin = asdict(folded.base_origin(self.engine.base))
+        with part(self.say, "writing weights") as written:
+            for file, tensors in self._missing(traced).items():
+                weight_files.write(self.folder / file, tensors, {"base": origin})
+                written.append(self.folder / file)
+
+    def _missing(self, traced: Mapping[str, tuple[Graph, Traced]]) -> dict[str, dict[str, Tensor]]:
+        """By file that is not there yet, the tensors that graphs read from it."""
         files: dict[str, dict[str, Tensor]] = {}
         for graph, translated in traced.values():
             for name, transposed in translated.weights.items():
@@ -269,11 +290,7 @@ class Exporter:
                     tensor = stored(self._base_tensor(graph.name, name), transposed)
                     # what two graphs read is stored as the first reads it
                     files.setdefault(file, {}).setdefault(name, tensor)
-        for file, tensors in files.items():
-            base = self.engine.base
-            weight_files.write(
-                self.folder / file, tensors, {"base": asdict(folded.base_origin(base))}
-            )
+        return files
 
     def _base_file(self, graph: str, name: str) -> str | None:
         """Where a weight of the base lies; None for what belongs to adapters."""
@@ -296,7 +313,6 @@ class Exporter:
 
     def _write_graph(self, graph: Graph, traced: Traced, about: Artefact) -> None:
         """Turn the weights back into initializers, with their values in the files."""
-        self.say(f"writing {graph.name}")
         model, places = traced.model, self._places()
         for value in [v for v in model.graph.inputs if v.name in traced.weights]:
             name, shape, dtype = value.name or "", value.shape, value.dtype
@@ -316,9 +332,10 @@ class Exporter:
         about.write_into(model)
         proto = exchange.with_body(ir.to_proto(model))
         path = self.folder / f"{graph.name}.onnx"
-        onnx.save(proto, path)
-        self.say(f"checking {graph.name}")
-        onnx.checker.check_model(str(path), full_check=True)
+        with part(self.say, f"writing {graph.name}", path):
+            onnx.save(proto, path)
+        with part(self.say, f"checking {graph.name}"):
+            onnx.checker.check_model(str(path), full_check=True)
 
     def _places(self) -> dict[str, dict[str, Place]]:
         files = self.folder.rglob("*.safetensors")

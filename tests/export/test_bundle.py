@@ -272,6 +272,52 @@ def test_damage_is_found(copy: Path) -> None:
         Engine.from_bundle(copy)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "denoiser_background.onnx",
+        "adapters/other.safetensors",
+        "tokenizer/added_tokens.json",
+        "tokenizer/denoiser.plan",
+        "more/vocab.json",
+    ],
+)
+def test_a_file_that_is_not_listed_is_refused(copy: Path, name: str) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"{}")
+    said = rf"bundle\.json does not list {name.replace('more/vocab.json', 'more')}: delete it"
+    for use in (Engine.from_bundle, verify_bundle):
+        with pytest.raises(BackendError, match=said):
+            use(copy)
+    with pytest.raises(BackendError, match=said):
+        # which would list it
+        add_adapter(DATA / "dual" / "model", DATA / "dual" / "adapter", copy, name="second")
+
+
+def test_hidden_files_are_left_alone(copy: Path) -> None:
+    """What hubs, mounted volumes and file managers leave in a folder."""
+    (copy / ".cache" / "hub").mkdir(parents=True)
+    for name in (".gitattributes", ".cache/hub/state", "tokenizer/.DS_Store"):
+        (copy / name).write_bytes(b"x")
+    Engine.from_bundle(copy)
+
+
+def test_a_bundle_that_nobody_may_write_is_verified(copy: Path) -> None:
+    """By mode, which root ignores, and by what is there afterwards."""
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    for path in (copy, *before):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        report = verify_bundle(copy)
+        assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+    finally:
+        for path in (copy, *before):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert set(report["parity"]) == {
+        f"adapter/{name}" for name in ("denoiser", "text_encoder", "vae_decoder")
+    }
+
+
 def test_another_result_is_found(copy: Path) -> None:
     """Hashes are right, the numbers are not: as with a runtime that computes something else."""
     from dualdiff_engine.export.folder.bundle import write_manifest
