@@ -148,11 +148,11 @@ class Maker:
                     _make_folders(self.root / top, source.name)
         self._write_plan(writer)
         # what older workers wrote until now counts
-        self.state = rows.union(self.root)
+        rows.refresh(self.root, self.state)
         for task in by_hand:
             _set_aside(self.root, writer, task)
         if by_hand:
-            self.state = rows.union(self.root)
+            rows.refresh(self.root, self.state)
         self._write_tally(writer)
 
     def _write_plan(self, writer: Writer) -> None:
@@ -173,7 +173,7 @@ class Maker:
     def _end(self, writer: Writer) -> None:
         """Count what is there; a full disk keeps nobody from leaving."""
         with suppress(OutputError):
-            self.state = rows.union(self.root)
+            rows.refresh(self.root, self.state)
             if not layout.is_fenced(self.root, self.shard.name, writer.run):
                 self._write_tally(writer)
         writer.close()

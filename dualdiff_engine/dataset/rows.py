@@ -20,6 +20,8 @@ CRASH, HANG = "crash", "hang"
 KILLERS = (CRASH, HANG)
 # of one pair, after which it is set aside
 MOST_DEATHS = 2
+# bytes
+_BLOCK = 1 << 16
 
 
 def parts_of(root: Path) -> list[Path]:
@@ -58,8 +60,8 @@ class State:
 
     accepted: defect -> number -> its row's attempt. tried: defect -> number -> attempts used up.
     killers: defect -> number -> crash or hang. rejected: defect -> verdict -> how many. deaths: key
-    -> workers that died over it. sizes: part -> bytes that were read; rows: part -> defect ->
-    verdict -> rows in them.
+    -> workers that died over it. sizes: part -> bytes of whole rows that were read; rows: part ->
+    defect -> verdict -> rows in them.
     """
 
     accepted: dict[str, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
@@ -148,18 +150,43 @@ def union(root: Path, *, files: bool = True) -> State:
     files: whether accepted pairs must have their pictures; those without are to be drawn again.
     """
     state = State()
+    refresh(root, state, files=files)
+    return state
+
+
+def refresh(root: Path, state: State, *, files: bool = True) -> None:
+    """Take in what was written since `state` was read; what it has read is not read again.
+
+    files: as of `union`. Raises OutputError.
+    """
     for part in parts_of(root):
-        size = part.stat().st_size
-        own: dict[str, Counter[str]] = defaultdict(Counter)
-        for row in rows_of(part, 0, size):
+        start = state.sizes.get(part.name, 0)
+        end = _end_of_rows(part, start)
+        own = state.rows.setdefault(part.name, defaultdict(Counter))
+        for row in rows_of(part, start, end) if end > start else ():
             own[state.add(root, row).defect][row["verdict"]] += 1
-        state.sizes[part.name], state.rows[part.name] = size, own
+        state.sizes[part.name] = end
     if files:
         for name, accepted in state.accepted.items():
             there = _numbers(root, name)
             for number in [n for n in accepted if n not in there]:
                 del accepted[number]
-    return state
+
+
+def _end_of_rows(part: Path, start: int) -> int:
+    """The byte after the last whole row, or start: a row being written is read the next time."""
+    try:
+        with part.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end > start:
+                begin = max(start, end - _BLOCK)
+                file.seek(begin)
+                if (last := file.read(end - begin).rfind(b"\n")) >= 0:
+                    return begin + last + 1
+                end = begin
+    except OSError as error:
+        raise OutputError(f"{part} cannot be read ({error.strerror}): check it") from error
+    return start
 
 
 def _numbers(root: Path, defect: str) -> set[int]:

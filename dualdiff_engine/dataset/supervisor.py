@@ -53,7 +53,7 @@ class Supervisor:
     Args:
         root, run, shard: The dataset, the run's id, and the part of the work.
         queue: What is left to draw.
-        state: Deaths that are known.
+        state: Accepted pairs and deaths that are known; it is not changed.
         devices: One per worker.
         painter: "module:class" that workers draw with.
         on_row: Called with each pair's key and verdict.
@@ -72,6 +72,8 @@ class Supervisor:
         on_row: Callable[[Task, str], None],
     ) -> None:
         self.job, self.writer, self.queue, self.state = job, writer, queue, state
+        # the rows of this run's deaths are read into the state at its end
+        self._deaths = state.deaths.copy()
         self.outcome = Outcome()
         self._chosen = {
             "root": str(Path(job.out).resolve()), "run": writer.run, "shard": shard.name,
@@ -225,9 +227,9 @@ class Supervisor:
 
     def _suspect(self, task: Task, verdict: str, how: str) -> None:
         """A worker ended over this pair: try it alone, or set it aside."""
-        self.state.deaths[task.key] += 1
+        self._deaths[task.key] += 1
         self.writer.note(task, "death", how)
-        if self.state.deaths[task.key] < MOST_DEATHS:
+        if self._deaths[task.key] < MOST_DEATHS:
             self.queue.put_alone(task)
             return
         what = "gave no sign of life" if verdict == HANG else f"ended ({how})"

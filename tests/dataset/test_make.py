@@ -26,6 +26,7 @@ from dualdiff_engine.dataset import layout, process, status
 from dualdiff_engine.dataset.entries import entries
 from dualdiff_engine.dataset.make import Made, Maker
 from dualdiff_engine.dataset.plan import Shard
+from dualdiff_engine.dataset.rows import refresh, union
 from dualdiff_engine.dataset.verify import verify
 from dualdiff_engine.errors import OutputError, SettingsError
 from forked import ForkedWorker
@@ -222,6 +223,37 @@ def test_a_torn_last_line_is_left_out(whole: Path, tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-20])
     assert sum(make(root).outcome.drawn.values()) == 1
     assert contents(root) == contents(whole)
+
+
+def test_what_was_read_is_not_read_again(whole: Path, tmp_path: Path) -> None:
+    root = copied(whole, tmp_path)
+    part = max((root / layout.PARTS).iterdir(), key=lambda path: path.stat().st_size)
+    lines = part.read_bytes().splitlines(keepends=True)
+    # a row is being written
+    part.write_bytes(b"".join(lines[:-1]) + lines[-1][:-5])
+    state = union(root)
+    assert state.sizes[part.name] == len(b"".join(lines[:-1]))
+    # nobody can read these rows again, nor needs to
+    torn = b"x" * (len(lines[0]) - 1) + b"\n"
+    part.write_bytes(torn + b"".join(lines[1:]))
+    refresh(root, state)
+    part.write_bytes(b"".join(lines))
+    fresh = union(root)
+    assert (state.accepted, state.rejected, state.tally()) == (
+        fresh.accepted, fresh.rejected, fresh.tally()
+    )  # fmt: skip
+    refresh(root, state)
+    assert state.tally() == fresh.tally()
+
+
+def test_deaths_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "data"
+    stub(monkeypatch, crash=["p/a/000002.0"])
+    maker = Maker(tiny_job(root))
+    maker.run(painter=NAME)
+    assert maker.state.deaths == union(root).deaths
+    # it took neighbours of its batch along
+    assert maker.state.deaths["p/a/000002.0"] == 2
 
 
 def test_no_room_and_no_permission(
