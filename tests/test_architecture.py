@@ -7,6 +7,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -215,3 +216,15 @@ def test_files_and_functions_stay_small(name: str) -> None:
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
                 most = 120 if node.name.endswith("_kernel") else 50
                 assert lines <= most, f"{name}: {node.name} has {lines} lines"
+
+
+def test_every_package_is_installed() -> None:
+    """A checkout imports what an installed package lacks, if it is not listed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    setup = project["tool"]["setuptools"]
+    listed = set(setup["packages"])
+    found = set()
+    for name, folder in setup["package-dir"].items() | {("dualdiff_engine", "dualdiff_engine")}:
+        for file in (ROOT / folder).rglob("*.py"):
+            found.add(".".join([name, *file.parent.relative_to(ROOT / folder).parts]))
+    assert listed == found
